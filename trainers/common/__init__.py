@@ -1,0 +1,12 @@
+"""The mechanics every run shares. Names load on first use, so that a script can check its configuration before torch."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "data": ["SampleKey"],
+        "pictures": ["image_grid"],
+        "run": ["TrainingRun", "create_accelerator"],
+    },
+)

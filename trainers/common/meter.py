@@ -1,0 +1,96 @@
+"""Running means of one log interval, kept on the device until they are read."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from trainers.common.signals import StopSignal
+from trainers.common.tracking import resident_memory_gib
+
+
+class Meter:
+    """Adds up metrics and times; `flush` reads them with one reduction over the processes and one host transfer."""
+
+    def __init__(self, accelerator: Accelerator):
+        self.accelerator = accelerator
+        self.sums: dict[str, Tensor] = {}
+        self.micro_batches = self.updates = 0
+        self._timed_updates, self._waited = 0, 0.0
+        self._since = time.perf_counter()
+
+    def add(self, metrics: dict[str, Tensor]) -> None:
+        """The scalars of one micro-batch."""
+        for name, value in metrics.items():
+            self.sums[name] = self.sums[name] + value if name in self.sums else value
+        self.micro_batches += 1
+
+    def add_update(self, grad_norm: Tensor) -> None:
+        """The end of an update."""
+        self.sums["grad_norm"] = self.sums["grad_norm"] + grad_norm if "grad_norm" in self.sums else grad_norm
+        self.updates += 1
+        self._timed_updates += 1
+
+    @contextmanager
+    def data_wait(self, stop: StopSignal | None) -> Iterator[None]:
+        """Count the time inside as waiting for data; a given stop signal may interrupt it."""
+        began = time.perf_counter()
+        try:
+            if stop is None:
+                yield
+            else:
+                with stop.interruptible():
+                    yield
+        finally:
+            self._waited += time.perf_counter() - began
+
+    def restart_clock(self) -> None:
+        """Leave a pause (saving, validation, start-up) out of the rates: they speak of training alone."""
+        self._timed_updates, self._waited, self._since = 0, 0.0, time.perf_counter()
+
+    def flush(self, samples_per_update: int) -> dict[str, float]:
+        """The interval's means over updates and processes, and its rates (`perf/...`); then start anew."""
+        row = self._means()
+        seconds = time.perf_counter() - self._since
+        if self._timed_updates:
+            row["perf/seconds_per_update"] = seconds / self._timed_updates
+            row["perf/samples_per_second"] = samples_per_update * self._timed_updates / seconds
+            row["perf/data_wait_share"] = self._waited / seconds
+        device = self.accelerator.device
+        on_gpu = device.type == "cuda"
+        row["perf/memory_gib"] = torch.cuda.max_memory_allocated(device) / 2**30 if on_gpu else resident_memory_gib()
+        self.sums, self.micro_batches, self.updates = {}, 0, 0
+        self.restart_clock()
+        return row
+
+    def _means(self) -> dict[str, float]:
+        names = sorted(self.sums)
+        if not names:
+            return {}
+        totals = self.accelerator.reduce(torch.stack([self.sums[name].double() for name in names]), "mean").tolist()
+        return {
+            name: total / (self.updates if name == "grad_norm" else self.micro_batches)
+            for name, total in zip(names, totals, strict=True)
+        }
+
+    def state(self) -> dict:
+        """The unfinished interval, so that a resumed run logs the same rows; called by all processes."""
+        names = sorted(self.sums)
+        if names:
+            totals = self.accelerator.reduce(torch.stack([self.sums[n].double() for n in names]), "mean").tolist()
+        return {
+            "micro_batches": self.micro_batches,
+            "updates": self.updates,
+            "sums": dict(zip(names, totals, strict=True)) if names else {},
+        }
+
+    def load(self, state: dict) -> None:
+        """Take up an interval from `state`."""
+        self.micro_batches, self.updates = state["micro_batches"], state["updates"]
+        device = self.accelerator.device
+        self.sums = {n: torch.tensor(v, dtype=torch.float32, device=device) for n, v in state["sums"].items()}

@@ -1,0 +1,86 @@
+"""A run's folder: one process at a time, what it was started with, and the pipeline at its end."""
+
+from __future__ import annotations
+
+import fcntl
+import importlib.metadata
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import IO
+
+from diffusers import DiffusionPipeline
+
+from trainers.common.checkpoints import list_checkpoints, write_json
+from trainers.common.config import EXIT_CONFIG, RunConfig, dump_config
+
+PACKAGES = ("torch", "accelerate", "diffusers", "transformers", "safetensors", "numpy")
+
+
+def refuse_to_overwrite(run_dir: Path, resume: str | None) -> None:
+    """Stop before a run that was not told to resume meets another run's checkpoints."""
+    if resume is None and list_checkpoints(run_dir):
+        raise leave(
+            EXIT_CONFIG,
+            f"{run_dir} holds checkpoints: continue with --resume_from_checkpoint latest, or choose another --output_dir",
+        )
+
+
+def lock(run_dir: Path) -> IO[str]:
+    """Claim the folder for this process; the lock ends with the process, however it ends. Keep the file open."""
+    run_dir.mkdir(parents=True, exist_ok=True)
+    file = (run_dir / "lock").open("a+", encoding="utf-8")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        file.seek(0)
+        raise leave(EXIT_CONFIG, f"{run_dir} is in use by process {file.read().strip() or 'unknown'}") from None
+    file.truncate(0)
+    file.write(f"{os.getpid()} on {platform.node()}\n")
+    file.flush()
+    return file
+
+
+def write_description(run_dir: Path, config: RunConfig, num_processes: int, device: str) -> None:
+    """config.yaml (loadable again) and environment.json (versions and commit)."""
+    (run_dir / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+    git = subprocess.run(
+        ["git", "describe", "--always", "--dirty", "--abbrev=40"],
+        cwd=Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    write_json(
+        run_dir / "environment.json",
+        {
+            "python": platform.python_version(),
+            "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
+            "git_commit": git.stdout.strip() or None,
+            "num_processes": num_processes,
+            "device": device,
+        },
+    )
+
+
+def export_pipeline(run_dir: Path, pipeline: DiffusionPipeline) -> None:
+    """Put the pipeline into the run folder. `model_index.json` comes last: without it the folder is no pipeline."""
+    temporary = run_dir / "export.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    pipeline.save_pretrained(temporary)
+    (run_dir / "model_index.json").unlink(missing_ok=True)
+    for source in sorted(temporary.iterdir(), key=lambda path: path.name == "model_index.json"):
+        target = run_dir / source.name
+        if target.is_dir():
+            shutil.rmtree(target)
+        source.rename(target)
+    temporary.rmdir()
+
+
+def leave(code: int, message: str) -> SystemExit:
+    """An exit with one line on stderr: `raise leave(2, "...")`."""
+    print(message, file=sys.stderr, flush=True)
+    return SystemExit(code)

@@ -1,0 +1,105 @@
+"""What can be set about a training objective: one section, with presets. Light to import: no torch here."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from trainers.common.config import Section
+
+Objective = Literal[
+    "shortcut", "flow_matching", "progressive", "consistency", "consistency_distillation", "live_reflow"
+]
+
+# A preset fills these keys; keys given beside it win. `mixture` is the set of class defaults below.
+PRESETS = {
+    "mixture": {},
+    "official": {
+        "bootstrap_fraction": 0.125,
+        "dyadic_fraction": 1.0,
+        "level_remainder": "one_step",
+        "flow_times": "lattice",
+        "smallest_step": "lattice",
+        "flow_samples": "reuse",
+        "path_eps": 1e-5,
+    },
+    "continuous": {
+        "dyadic_fraction": 0.0,
+        "continuous_sampler": "triangle",
+        "smallest_step": "none",
+        "teacher": "online",
+        "target_clip": None,
+        "dropout_on_bootstrap": True,
+        "loss_reduction": "split",
+    },
+}
+
+
+class ObjectiveConfig(Section):
+    """Which loss, and how its batch is drawn. M stands for `denoise_timesteps`, L for log2 M."""
+
+    name: Objective = "shortcut"
+    """The loss: `shortcut`, or one of the baselines it is compared with."""
+    preset: Literal["mixture", "official", "continuous"] = "mixture"
+    """`mixture`: ours; `official`: the paper's code; `continuous`: any step size, as in later re-implementations."""
+    denoise_timesteps: int = Field(128, ge=2, le=65536)
+    """M, a power of two: steps of 1/M and below count as infinitesimal, those above are bootstrapped."""
+    bootstrap_fraction: float = Field(0.25, gt=0, lt=1)
+    """Share of a micro-batch's rows that learn self-consistency; the others learn the flow."""
+    dyadic_fraction: float = Field(0.5, ge=0, le=1)
+    """Share of the bootstrap rows on the dyadic lattice (d = 2^-k, t a multiple of d); the others are continuous."""
+    level_remainder: Literal["spread", "one_step"] = "spread"
+    """Rows left over when levels do not divide evenly: spread over the levels in turn, or all on the one-step level."""
+    bootstrap_dt_bias: bool = False
+    """Spend half of the dyadic rows on the two largest steps."""
+    continuous_sampler: Literal["log_uniform", "triangle"] = "log_uniform"
+    """Continuous rows: log d uniform in [1/M, 1], then t uniform in [0, 1-d]; or t uniform, then d in [1/M, 1-t]."""
+    flow_times: Literal["uniform", "lattice"] = "uniform"
+    """Times of the flow rows: uniform in [0, 1), or multiples of 1/M."""
+    smallest_step: Literal["zero", "lattice", "none"] = "zero"
+    """How the flow rows and steps of at most 1/M name their step size: d = 0, or d = 1/M; `none`: flow rows d = 0,
+    while a small step keeps its own size (nothing then ties it to the flow)."""
+    teacher: Literal["ema", "online"] = "ema"
+    """Whose half steps are the bootstrap's target."""
+    target_clip: float | None = Field(4.0, gt=0)
+    """Bound on the intermediate point and on the bootstrap target; null for none."""
+    flow_samples: Literal["disjoint", "reuse"] = "disjoint"
+    """Flow rows take the samples the bootstrap leaves, or start again from the first (the paper's code)."""
+    condition_dropout_prob: float = Field(0.1, ge=0, le=1)
+    """Chance that a flow row loses its condition, so that guidance works; 1 trains an unconditional model."""
+    dropout_on_bootstrap: bool = False
+    """Drop conditions on bootstrap rows as well."""
+    bootstrap_guidance_scale: float | None = Field(None, ge=1)
+    """Guidance baked into the smallest bootstrapped step, whence it spreads to all larger ones; null for none."""
+    loss_reduction: Literal["merged", "split"] = "merged"
+    """One mean over all rows, or the mean of the flow rows plus the mean of the bootstrap rows."""
+    path_eps: float = Field(0.0, ge=0, lt=0.1)
+    """Noise left at t = 1."""
+    distillation_guidance_scale: float = Field(1.0, ge=0)
+    """Guidance on the teacher of `progressive` (first phase) and `live_reflow`."""
+    teacher_model: str | None = None
+    """Folder of the trained flow model that `consistency_distillation` and `progressive` start from."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_from_preset(cls, values: dict) -> dict:
+        return {**PRESETS.get(values.get("preset"), {}), **values}
+
+    @model_validator(mode="after")
+    def _check(self) -> ObjectiveConfig:
+        if self.denoise_timesteps & (self.denoise_timesteps - 1):
+            raise ValueError(f"`denoise_timesteps` must be a power of two, not {self.denoise_timesteps}")
+        if self.name in ("consistency_distillation", "progressive") and self.teacher_model is None:
+            raise ValueError(f"`teacher_model` must name the flow model that {self.name} distils")
+        return self
+
+    @property
+    def levels(self) -> int:
+        """L = log2 M, the number of bootstrapped step sizes 1, 1/2, ..., 2/M."""
+        return self.denoise_timesteps.bit_length() - 1
+
+    @property
+    def flow_step_size(self) -> float:
+        """The step size that stands for "infinitesimal"."""
+        return 1 / self.denoise_timesteps if self.smallest_step == "lattice" else 0.0
