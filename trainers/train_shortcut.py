@@ -1,6 +1,7 @@
 """Train an image model that generates in one step, or in as many as you like (shortcut models, arXiv 2410.12557).
 
-    accelerate launch --config_file accelerate_configs/cpu.yaml trainers/train_shortcut.py --config configs/shortcut/digits.yaml
+    accelerate launch --config_file accelerate_configs/cpu.yaml trainers/train_shortcut.py \\
+        --config configs/shortcut/digits.yaml
     ... --resume_from_checkpoint latest            continue where it stopped
     ... --objective.name flow_matching             a baseline on the same network, data and budget
 
@@ -56,14 +57,14 @@ class DataConfig(Section):
     max_bad_fraction: float = Field(0.01, ge=0, lt=1)
     """Stop when more than this share of the images cannot be read; up to it they are listed and replaced."""
     vae: str | None = None
-    """The VAE (folder or hub name) whose latents are the data; it decodes the samples and is exported with the pipeline."""
+    """The VAE (folder or hub name) whose latents are the data; it is exported with the pipeline."""
 
 
 class ValidationConfig(Section):
     validation_steps: int | None = Field(1000, gt=0)
     """Draw samples and measure the held-out loss every so many updates; null for never."""
     num_images_per_row: int = Field(10, gt=0)
-    num_inference_steps: list[int] = [1, 2, 4, 32]
+    num_inference_steps: list[int] = Field([1, 2, 4, 32], min_length=1)
     """One row of samples for each; all start from the same noise, every time."""
     num_samples: int = Field(256, gt=1)
     """Held-out samples for the loss."""

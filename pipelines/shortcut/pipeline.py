@@ -105,7 +105,8 @@ class ShortcutPipeline(DiffusionPipeline):
             class_labels: one class per image, None for no class (the way to sample an unconditional model).
             num_inference_steps: equal steps; 1 where neither this nor `step_sizes` is given.
             step_sizes: lengths of irregular steps, of sum 1, instead.
-            guidance_scale: 1 uses the class as it is; w > 1 strengthens it, v_null + w (v - v_null), at twice the cost; 0
+            guidance_scale: 1 uses the class as it is; w > 1 strengthens it, v_null + w (v - v_null), at twice the
+                cost; 0
                 ignores it. On large steps guidance compounds with what the bootstrap was trained with.
             mode: `shortcut`, or `flow` for plain Euler with the same weights.
             num_images_per_label: images of each label, next to one another.

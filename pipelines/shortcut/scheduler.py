@@ -25,8 +25,9 @@ class ShortcutScheduler(SchedulerMixin, ConfigMixin):
 
     Args:
         denoise_timesteps: M of the training, a power of two; a step of at most 1/M is infinitesimal to the network.
-        smallest_step: what the network is told on such a step: `zero` (d = 0), `lattice` (d = 1/M) or `none` (d itself).
-        larger_steps: what it is told on a larger one: `own` (d itself), `smallest` (it is a plain flow model), or
+        smallest_step: what the network is told on such a step: `zero` (d = 0), `lattice` (d = 1/M) or `none` (d
+            itself). larger_steps: what it is told on a larger one: `own` (d itself), `smallest` (it is a plain flow
+            model), or
             `one_step` (d = 1 whatever the step: live reflow).
         dyadic_only: the network knows only d = 2^-k at multiples of d (trained with a log2 step embedding).
         method: `euler`, or `consistency` (predict the data, then add fresh noise) for the consistency baselines.
@@ -110,8 +111,8 @@ class ShortcutScheduler(SchedulerMixin, ConfigMixin):
             in_range = 1 / self.config.denoise_timesteps <= d * (1 + 1e-6)
             if abs(level - round(level)) > 1e-6 or abs(t / d - round(t / d)) > 1e-6 or not in_range:
                 raise ValueError(
-                    f"this network was trained on steps of 2^-k (at most {self.config.denoise_timesteps} of them), each "
-                    f"starting at a multiple of its length; {d:.6g} at t = {t:.6g} is none. Try 1, 2, 4, 8 ... steps or "
+                    f"this network was trained on steps of 2^-k (at most {self.config.denoise_timesteps}), each "
+                    f"starting at a multiple of its length; {d:.6g} at t = {t:.6g} is none. Try 1, 2, 4 ... steps or "
                     "`step_sizes`=[0.5, 0.25, 0.25]"
                 )
 

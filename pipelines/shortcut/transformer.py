@@ -7,7 +7,7 @@ arXiv 2212.09748). The defaults differ from the authors' code where a later habi
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.attention import AttentionModuleMixin
 from diffusers.models.attention_dispatch import dispatch_attention_fn
@@ -189,9 +189,7 @@ class AttentionProcessor:
             layer(hidden_states).unflatten(-1, (attention.heads, -1))
             for layer in (attention.to_q, attention.to_k, attention.to_v)
         )
-        hidden_states = dispatch_attention_fn(
-            query, key, value, scale=attention.scale, backend=self._attention_backend
-        )
+        hidden_states = dispatch_attention_fn(query, key, value, scale=attention.scale, backend=self._attention_backend)
         return attention.to_out(hidden_states.flatten(2))
 
 

@@ -1,4 +1,4 @@
-"""The mechanics every run shares. Names load on first use, so that a script can check its configuration before torch."""
+"""The mechanics every run shares. Names load on first use: a script checks its configuration before torch."""
 
 import lazy_loader
 

@@ -1,7 +1,8 @@
 """Checkpoints that are complete or absent.
 
-A checkpoint is written to `checkpoint-<step>.tmp`, gets a manifest with the size and SHA-256 of every file, is flushed to disk, and
-only then renamed. What carries the final name was whole once; whether it still is, `verify` says.
+A checkpoint is written to `checkpoint-<step>.tmp`, gets a manifest with the size and SHA-256 of every file, is
+flushed to disk, and only then renamed. What carries the final name was whole once; whether it still is, `verify`
+says.
 
     python -m trainers.common.checkpoints verify outputs/run/checkpoint-500
     python -m trainers.common.checkpoints list outputs/run
@@ -107,8 +108,8 @@ def rotate(
 ) -> None:
     """Delete what is older than the `limit` newest valid checkpoints.
 
-    Only valid ones count, so a damaged folder never pushes out a good one; `trusted` paths (this process wrote or verified
-    them) are not read again. Milestones (multiples of `keep_every`) and `resumed_from` stay.
+    Only valid ones count, so a damaged folder never pushes out a good one; `trusted` paths (this process wrote or
+    verified them) are not read again. Milestones (multiples of `keep_every`) and `resumed_from` stay.
     """
     valid = 0
     for checkpoint in list_checkpoints(run_dir) if limit else []:

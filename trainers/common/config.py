@@ -59,7 +59,7 @@ class TrainingConfig(Section):
     max_grad_norm: float | None = Field(1.0, gt=0)
     """Clip the gradient's norm; null only measures it."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
-    """A NaN or infinite loss or gradient never reaches the weights: `stop` ends the run (exit code 3), `skip` goes on."""
+    """A NaN or infinite loss or gradient never reaches the weights: `stop` ends the run (exit code 3)."""
     max_nonfinite_skips: int = Field(10, ge=1)
     """More skipped updates than this in one process's life end the run."""
 
@@ -113,7 +113,10 @@ class RunConfig(BaseSettings):
 
     @classmethod
     def settings_customise_sources(
-        cls, settings_cls: type[BaseSettings], init_settings: PydanticBaseSettingsSource, **_: PydanticBaseSettingsSource
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        **_: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         return (init_settings,)  # nothing from the environment
 
@@ -124,8 +127,8 @@ ConfigT = TypeVar("ConfigT", bound=RunConfig)
 def load_config(config_class: type[ConfigT], argv: list[str] | None = None) -> ConfigT:
     """Read `--config FILE` (repeatable, later files win), then `--section.key value` overrides.
 
-    A key's last part is enough where it is unique (`--learning_rate 1e-4`). Whatever is wrong is printed, all of it, one
-    line each, and the process exits with code 2.
+    A key's last part is enough where it is unique (`--learning_rate 1e-4`). Whatever is wrong is printed, all of it,
+    one line each, and the process exits with code 2.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     keys = _keys(config_class)

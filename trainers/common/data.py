@@ -18,8 +18,8 @@ def derive_seed(*parts: int) -> int:
 class SampleKey(int):
     """The index of a sample, which also knows the seed of its augmentation in this epoch.
 
-    A dataset without randomness uses it as the integer it is; one that augments draws from `key.generator()` only, and is
-    then independent of workers, batches and interruptions.
+    A dataset without randomness uses it as the integer it is; one that augments draws from `key.generator()` only,
+    and is then independent of workers, batches and interruptions.
     """
 
     def __new__(cls, index: int, epoch: int = 0, seed: int = 0):

@@ -1,19 +1,18 @@
 """How an update is made, and everything a run promises around it. The script says what happens; this knows how.
 
-    run = TrainingRun(accelerator, config, model=..., dataset=...)
-    run.resume()
-    for batch in run.batches():
-        with run.accumulate():
-            loss, metrics = ...
-            run.update(loss, metrics)
-    run.finish(pipeline)
+run = TrainingRun(accelerator, config, model=..., dataset=...)
+run.resume()
+for batch in run.batches():
+    with run.accumulate():
+        loss, metrics = ...
+        run.update(loss, metrics)
+run.finish(pipeline)
 """
 
 from __future__ import annotations
 
 import logging
 import os
-import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
@@ -206,7 +205,7 @@ class TrainingRun:
     # ---- the loop ----
 
     def batches(self) -> Iterator[dict[str, Tensor]]:
-        """Micro-batches on the device until `max_train_steps`; a requested stop ends the process here, checkpoint written."""
+        """Micro-batches on the device until `max_train_steps`. A requested stop saves and ends the process here."""
         training, accelerator = self.training, self.accelerator
         rank, processes = accelerator.process_index, accelerator.num_processes
         sampler = StreamSampler(self.order, training.train_batch_size, self.consumed_samples, rank, processes)
@@ -358,7 +357,8 @@ class TrainingRun:
     def validate(self, function: Callable[[ModelMixin], tuple[dict[str, float], dict[str, Image.Image]]]) -> None:
         """Run `function(inference_model) -> (scalars, pictures)` on the main process and log what it returns.
 
-        It cannot change the run (weights, modes and random state are as before) and running out of memory does not end it.
+        It cannot change the run (weights, modes and random state are as before) and running out of memory does not
+        end it.
         """
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:

@@ -25,7 +25,7 @@ def refuse_to_overwrite(run_dir: Path, resume: str | None) -> None:
     if resume is None and list_checkpoints(run_dir):
         raise leave(
             EXIT_CONFIG,
-            f"{run_dir} holds checkpoints: continue with --resume_from_checkpoint latest, or choose another --output_dir",
+            f"{run_dir} holds checkpoints: add --resume_from_checkpoint latest, or choose another --output_dir",
         )
 
 

@@ -62,8 +62,8 @@ def progressive_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Progressive distillation (Salimans and Ho, arXiv 2202.00512) in velocity form.
 
-    In phase p the student makes in one step of 2^-k, k = L - p - 1, what the frozen teacher (last phase's student) makes in
-    two. `t` are multiples of 2^-k. The first phase may guide its teacher.
+    In phase p the student makes in one step of 2^-k, k = L - p - 1, what the frozen teacher (last phase's student)
+    makes in two. `t` are multiples of 2^-k. The first phase may guide its teacher.
     """
     now = phase(step, max_train_steps, config)
     half = torch.full_like(t, 2.0 ** -(config.levels - now))
@@ -91,8 +91,8 @@ def consistency_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Consistency training or, with a teacher, distillation (Song et al., arXiv 2303.01469) in velocity form.
 
-    The data predicted at t must be what the EMA predicts at t + gap on the same path. The path is the straight line between
-    noise and data, or one Euler step of the teacher. The target velocity is (data_ema - x_t) / (1 - t).
+    The data predicted at t must be what the EMA predicts at t + gap on the same path. The path is the straight line
+    between noise and data, or one Euler step of the teacher. The target velocity is (data_ema - x_t) / (1 - t).
 
     Args:
         t, gap: (B,) with t + gap <= 1; the curricula are `consistency_gap` and 1 / M.

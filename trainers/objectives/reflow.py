@@ -33,8 +33,8 @@ def live_reflow_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Rectified flow's second stage (Liu et al., arXiv 2209.03003), done while the first one trains.
 
-    The first `num_bootstrap` rows replace their data by what 8 Euler steps of the network make of their noise, and learn that
-    pair's straight line at step size 1; the others are flow matching. All arguments have B rows.
+    The first `num_bootstrap` rows replace their data by what 8 Euler steps of the network make of their noise, and
+    learn that pair's straight line at step size 1; the others are flow matching. All arguments have B rows.
     """
     boot, flow = slice(0, num_bootstrap), slice(num_bootstrap, None)
     with torch.no_grad():

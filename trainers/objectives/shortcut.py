@@ -1,12 +1,13 @@
 """Shortcut models: one network that steps by any length (Frans et al., arXiv 2410.12557).
 
-A step of length d from x_t is x_{t+d} = x_t + d s(x_t, t, d). As d -> 0, s is the velocity of the flow, learnt from data. A longer
-step must equal two half steps, which the network (or its EMA) provides itself:
+A step of length d from x_t is x_{t+d} = x_t + d s(x_t, t, d). As d -> 0, s is the velocity of the flow, learnt from
+data. A longer step must equal two half steps, which the network (or its EMA) provides itself:
 
     s(x_t, t, d)  =  stopgrad[ s(x_t, t, d/2) + s(x_{t+d/2}, t + d/2, d/2) ] / 2
 
-Every batch mixes both: bootstrap rows first, flow rows after them. `draw` holds all the randomness, `bootstrap_targets` and
-`shortcut_loss` have none, so a test can inject every number. Samples and conditions may be tensors or dicts of tensors.
+Every batch mixes both: bootstrap rows first, flow rows after them. `draw` holds all the randomness,
+`bootstrap_targets` and `shortcut_loss` have none, so a test can inject every number. Samples and conditions may be
+tensors or dicts of tensors.
 """
 
 from __future__ import annotations
