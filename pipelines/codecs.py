@@ -46,5 +46,5 @@ class PixelCodec(ModelMixin, ConfigMixin):
 
 def load_vae(folder: str) -> AutoencoderKL | PixelCodec:
     """Load a VAE (or the codec that stands in for one) saved by `save_pretrained`, or from the hub."""
-    config = ConfigMixin.load_config(folder)
+    config = PixelCodec.load_config(folder)
     return (PixelCodec if config["_class_name"] == "PixelCodec" else AutoencoderKL).from_pretrained(folder)

@@ -36,7 +36,7 @@ class ShortcutPipeline(DiffusionPipeline):
     """
 
     model_cpu_offload_seq = "transformer->vae"
-    _optional_components = ("vae",)
+    _optional_components = ["vae"]
     _callback_tensor_inputs = ("latents", "class_labels")
 
     def __init__(

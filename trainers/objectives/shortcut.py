@@ -12,6 +12,7 @@ tensors or dicts of tensors.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -52,7 +53,7 @@ def draw(data: Sample, config: ObjectiveConfig) -> Draws:
     first = leaves(data)[0]
     batch, device = first.shape[0], first.device
     num_bootstrap = count_bootstrap_rows(batch, config)
-    num_dyadic = round(num_bootstrap * config.dyadic_fraction)
+    num_dyadic = math.ceil(num_bootstrap * config.dyadic_fraction)
     num_continuous = num_bootstrap - num_dyadic
 
     dyadic_t, dyadic_d = draw_dyadic(num_dyadic, config, device)
