@@ -18,18 +18,17 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from data_prep.images import DATASET_NAMES, open_images
 from data_prep.latents import (
     MANIFEST_NAME,
-    WEIGHTS_NAME,
     Manifest,
     Shard,
     check_shard,
-    file_sha256,
+    local_vae_folder,
     read_manifest,
     shard_name,
     tensor_bytes,
@@ -90,7 +89,7 @@ def encode_dataset(
         if value < 1:
             raise ValueError(f"`{name}` must be at least 1, got {value}")
     vae = AutoencoderKL.from_pretrained(vae_folder, torch_dtype=torch.float32, local_files_only=True)
-    vae = vae.to(device).eval().requires_grad_(False)
+    vae = vae.to(device).requires_grad_(False)
     first = dataset[0]["pixel_values"]
     check_fit(vae, first)
     wanted = Manifest(
@@ -249,11 +248,12 @@ def posterior(vae: AutoencoderKL, pixel_values: torch.Tensor, mean_only: bool) -
 
 
 def write_shard(path: Path, tensors: dict[str, torch.Tensor], content_sha256: str) -> Shard:
+    # Not save_file: it writes through a temporary file of its own, whose random name would stay behind after a kill.
+    data = save(tensors)
     temporary = path.with_name(f"{path.name}.tmp")
-    save_file(tensors, temporary)
-    shard = Shard(path.name, temporary.stat().st_size, file_sha256(temporary), len(tensors["indices"]), content_sha256)
+    temporary.write_bytes(data)
     publish(temporary, path)
-    return shard
+    return Shard(path.name, len(data), hashlib.sha256(data).hexdigest(), len(tensors["indices"]), content_sha256)
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
@@ -272,17 +272,6 @@ def publish(temporary: Path, target: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-def local_vae_folder(name_or_path: str) -> Path:
-    """The folder of a VAE; a hub id is downloaded, config and safetensors weights only."""
-    if Path(name_or_path).is_dir():
-        return Path(name_or_path)
-    from huggingface_hub import snapshot_download
-
-    stem = WEIGHTS_NAME.removesuffix(".safetensors")
-    patterns = ["config.json", WEIGHTS_NAME, f"{WEIGHTS_NAME}.index.json", f"{stem}-*-of-*.safetensors"]
-    return Path(snapshot_download(name_or_path, allow_patterns=patterns))
 
 
 def default_device() -> torch.device:

@@ -140,16 +140,27 @@ def check_shard(folder: str | Path, shard: Shard, *, content: bool) -> None:
         raise ValueError(f"{path} is damaged, its sha256 is not the manifest's: {repair}")
 
 
-def vae_fingerprint(folder: str | Path) -> str:
+def local_vae_folder(name_or_path: str | Path) -> Path:
+    """The folder of a VAE; a hub id (owner/name) is downloaded, config and safetensors weights only."""
+    if Path(name_or_path).exists() or str(name_or_path).count("/") != 1 or str(name_or_path).startswith("/"):
+        return Path(name_or_path)
+    from huggingface_hub import snapshot_download
+
+    stem = WEIGHTS_NAME.removesuffix(".safetensors")
+    patterns = ["config.json", WEIGHTS_NAME, f"{WEIGHTS_NAME}.index.json", f"{stem}-*-of-*.safetensors"]
+    return Path(snapshot_download(str(name_or_path), allow_patterns=patterns))
+
+
+def vae_fingerprint(name_or_path: str | Path) -> str:
     """sha256 over the weights and the config of a VAE that `save_pretrained` wrote.
 
     It covers names, types, shapes and values of the tensors and the config without its `_` entries (version, path), so
     saving the same VAE again, or in more shards, keeps it.
 
     Raises:
-        ValueError: `folder` holds no `config.json` or no safetensors weights.
+        ValueError: the folder holds no `config.json` or no safetensors weights.
     """
-    folder = Path(folder)
+    folder = local_vae_folder(name_or_path)
     config_path, index_path = folder / "config.json", folder / f"{WEIGHTS_NAME}.index.json"
     if not config_path.is_file():
         raise ValueError(

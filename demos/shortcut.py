@@ -1,7 +1,7 @@
 """`make demo`: the same network, data, updates and seed, once as plain flow matching and once as a shortcut model.
 
-Trains both with the ordinary command (two processes at once, one core each), samples them at several step counts,
-measures how far the samples are from the real digits, and writes report.html and metrics.json.
+Trains both by the ordinary script (two processes at once, one core each), samples them at several step counts, measures
+how far the samples are from the real digits, and writes report.html and metrics.json.
 
     python -m demos.shortcut [--output_dir outputs/demo] [--max_train_steps N]
 """
@@ -10,23 +10,25 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
 import os
 import shutil
-import subprocess
-import sys
 import time
+from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
 
 import torch
 import yaml
 from PIL import Image
-from pipelines.shortcut.evaluate import DigitsReference, draw_samples
+from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
 from data_prep.digits import load_digits
 from demos import report
+from pipelines import image_grid
 from pipelines.shortcut import ShortcutPipeline
-from trainers.common import image_grid
+from pipelines.shortcut.evaluate import DigitsReference, draw_samples
+from trainers import train_shortcut
 
 CONFIG = Path("configs/shortcut/digits.yaml")
 ARMS = {"flow_matching": "Flow matching", "shortcut": "Shortcut model"}
@@ -35,14 +37,31 @@ IRREGULAR = [0.5, 0.3, 0.15, 0.05]
 NUM_SAMPLES = 1797  # as many as there are real digits
 
 
-def start_training(arm: str, output_dir: Path, max_train_steps: int) -> subprocess.Popen:
-    """One arm through the command a user would type."""
-    output_dir.mkdir(parents=True)
-    command = [sys.executable, "trainers/train_shortcut.py", "--config", str(CONFIG), "--objective.name", arm]
-    command += ["--output_dir", str(output_dir), "--max_train_steps", str(max_train_steps)]
-    log = (output_dir / "train.log").open("w")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
+def run_arm(arm: str, output_dir: Path, max_train_steps: int, sampled: Synchronized) -> None:
+    """Train one arm as the command line would, then sample it; runs in a process, and on a core, of its own."""
+    run_dir = output_dir / arm
+    run_dir.mkdir(parents=True)
+    log = os.open(run_dir / "train.log", os.O_CREAT | os.O_WRONLY)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    torch.set_num_threads(1)
+    arguments = ["--config", str(CONFIG), "--objective.name", arm, "--output_dir", str(run_dir)]
+    train_shortcut.main([*arguments, "--max_train_steps", str(max_train_steps)])
+
+    pipeline = ShortcutPipeline.from_pretrained(run_dir)
+    pipeline.set_progress_bar_config(disable=True)
+    samples = {}
+    for name, setting in settings_of(arm).items():
+        samples[name] = draw_samples(pipeline, NUM_SAMPLES, **setting)
+        sampled.value += setting.get("num_inference_steps", len(IRREGULAR))
+    save_file(samples, run_dir / "samples.tmp")
+    (run_dir / "samples.tmp").rename(run_dir / "samples.safetensors")
+
+
+def settings_of(arm: str) -> dict[str, dict]:
+    """How an arm is sampled: name -> arguments of the pipeline."""
+    regular = {str(steps): {"num_inference_steps": steps} for steps in STEPS}
+    return regular | ({"irregular": {"step_sizes": IRREGULAR}} if arm == "shortcut" else {})
 
 
 def read_metrics(run_dir: Path) -> list[dict]:
@@ -53,50 +72,38 @@ def read_metrics(run_dir: Path) -> list[dict]:
     return [row for row in rows if "loss" in row]
 
 
-def train(output_dir: Path, max_train_steps: int) -> dict[str, float]:
-    """Train both arms side by side under one progress bar. Returns the seconds each took."""
-    began, seconds, losses = time.perf_counter(), {}, {}
-    running = {arm: start_training(arm, output_dir / arm, max_train_steps) for arm in ARMS}
+def run_both(output_dir: Path, max_train_steps: int) -> dict[str, float]:
+    """Run the arms side by side, one progress bar at a time. Returns the seconds until each was trained and sampled."""
+    context, began, seconds = multiprocessing.get_context("spawn"), time.perf_counter(), {}
+    sampled = {arm: context.Value("q", 0) for arm in ARMS}
+    processes = {
+        arm: context.Process(target=run_arm, args=(arm, output_dir, max_train_steps, sampled[arm])) for arm in ARMS
+    }
+    steps_to_sample = 2 * sum(STEPS) + len(IRREGULAR)
+    bars = [("training", "update", 2 * max_train_steps), ("sampling", "step", steps_to_sample)]
     try:
-        with tqdm(total=2 * max_train_steps, unit="update", desc="training both", smoothing=0.1) as bar:
-            while len(seconds) < len(ARMS):
-                time.sleep(0.5)
-                done = 0
-                for arm in ARMS:
-                    rows = read_metrics(output_dir / arm)
-                    done += rows[-1]["step"] if rows else 0
-                    losses |= {arm: f"{rows[-1]['loss_flow']:.3f}"} if rows else {}
-                bar.set_postfix(losses, refresh=False)
-                bar.update(done - bar.n)
-                for arm, process in running.items():
-                    if arm in seconds or process.poll() is None:
-                        continue
-                    if process.returncode:
-                        log = (output_dir / arm / "train.log").read_text()
-                        raise SystemExit(f"training {arm} failed with exit code {process.returncode}:\n{log[-3000:]}")
-                    seconds[arm] = time.perf_counter() - began
+        for process in processes.values():
+            process.start()
+        for phase, unit, total in bars:
+            with tqdm(total=total, unit=unit, desc=phase, smoothing=0.1) as bar:
+                while bar.n < total:
+                    time.sleep(0.5)
+                    rows = {arm: read_metrics(output_dir / arm)[-1:] for arm in ARMS}
+                    trained = sum(row["step"] for last in rows.values() for row in last)
+                    bar.update((trained if phase == "training" else sum(v.value for v in sampled.values())) - bar.n)
+                    bar.set_postfix({arm: f"{row['loss_flow']:.3f}" for arm, last in rows.items() for row in last})
+                    for arm, process in processes.items():
+                        if process.exitcode:
+                            log = (output_dir / arm / "train.log").read_text()[-3000:]
+                            raise SystemExit(f"{arm} failed with exit code {process.exitcode}:\n{log}")
+                        if process.exitcode == 0:
+                            seconds.setdefault(arm, time.perf_counter() - began)
+        for process in processes.values():
+            process.join()
     finally:
-        for process in running.values():
-            if process.poll() is None:
-                process.terminate()
-                process.wait()
-    return seconds
-
-
-def sample(output_dir: Path) -> dict[str, dict[str, torch.Tensor]]:
-    """Samples (N, 1, 8, 8) in [-1, 1] of each arm and step setting; sample i has the same noise and class in all."""
-    settings = [(arm, {"num_inference_steps": steps}) for arm in ARMS for steps in STEPS]
-    settings.append(("shortcut", {"step_sizes": IRREGULAR}))
-    pipelines = {arm: ShortcutPipeline.from_pretrained(output_dir / arm) for arm in ARMS}
-    samples = {arm: {} for arm in ARMS}
-    total = 2 * sum(STEPS) + len(IRREGULAR)
-    with tqdm(total=total, unit="step", desc="sampling     ") as bar:
-        for arm, steps in settings:
-            pipelines[arm].set_progress_bar_config(disable=True)
-            name = str(steps.get("num_inference_steps", "irregular"))
-            samples[arm][name] = draw_samples(pipelines[arm], NUM_SAMPLES, **steps)
-            bar.update(steps.get("num_inference_steps", len(IRREGULAR)))
-    return samples
+        for process in processes.values():
+            process.terminate()
+    return {arm: seconds.get(arm, time.perf_counter() - began) for arm in ARMS}
 
 
 def measure(samples: dict[str, dict[str, torch.Tensor]], reference: DigitsReference) -> dict:
@@ -146,8 +153,8 @@ def write_report(output_dir: Path, samples: dict, metrics: dict) -> None:
     one = {arm: metrics["energy_distance"][arm]["1"] for arm in ARMS}
     lead = (
         f"Both models have the same network, data, seed and {metrics['updates']} updates. In one step the shortcut "
-        f"model is {one['flow_matching'] / max(one['shortcut'], 1e-9):.0f} times closer to real handwriting (energy distance "
-        f"{one['shortcut']:.3f} against {one['flow_matching']:.3f})."
+        f"model is {one['flow_matching'] / max(one['shortcut'], 1e-9):.0f} times closer to real handwriting: energy "
+        f"distance {one['shortcut']:.3f} against {one['flow_matching']:.3f}."
     )
     commands = (
         "<pre>accelerate launch --config_file accelerate_configs/cpu.yaml trainers/train_shortcut.py \\\n"
@@ -160,9 +167,9 @@ def write_report(output_dir: Path, samples: dict, metrics: dict) -> None:
         "pipeline(class_labels=[3, 7], step_sizes=[0.5, 0.3, 0.2])</pre>"
     )
     note = (
-        f"<p>{NUM_SAMPLES} samples of each setting against all 1,797 real images, of which 1,437 were trained on. Energy "
-        "distance compares pixels, Frechet distance the features of a small trained classifier; lower is better. The last "
-        "row is what real images score: those trained on against those held out.</p>"
+        f"<p>{NUM_SAMPLES:,} samples of each setting against all 1,797 real images, of which 1,437 were trained on. "
+        "Energy distance compares pixels, Frechet distance the features of a small classifier; lower is better. "
+        "The last row is what real images score, those trained on against those held out.</p>"
     )
     sections = [
         (
@@ -199,12 +206,9 @@ def main(argv: list[str] | None = None) -> None:
     output_dir, began = arguments.output_dir, time.perf_counter()
     shutil.rmtree(output_dir, ignore_errors=True)
 
-    seconds = train(output_dir, arguments.max_train_steps)
-    torch.set_num_threads(os.cpu_count() or 1)
-    sampling_began = time.perf_counter()
-    samples = sample(output_dir)
+    seconds = run_both(output_dir, arguments.max_train_steps)
+    samples = {arm: load_file(output_dir / arm / "samples.safetensors") for arm in ARMS}
     metrics = measure(samples, DigitsReference())
-    seconds |= {"sampling_and_measuring": time.perf_counter() - sampling_began}
     metrics |= {"seconds": seconds, "updates": arguments.max_train_steps}
     write_report(output_dir, samples, metrics)
     seconds["total"] = time.perf_counter() - began

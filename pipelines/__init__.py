@@ -3,5 +3,7 @@
 import lazy_loader
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(
-    __name__, submodules=["shortcut"], submod_attrs={"codecs": ["PixelCodec", "load_vae"]}
+    __name__,
+    submodules=["shortcut"],
+    submod_attrs={"codecs": ["PixelCodec", "load_vae"], "pictures": ["image_grid"]},
 )

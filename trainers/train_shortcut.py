@@ -11,6 +11,7 @@ trainers/objectives, the network and the sampling in pipelines/shortcut, the mec
 
 from __future__ import annotations
 
+import logging
 from typing import Literal
 
 import lazy_loader
@@ -24,6 +25,7 @@ from trainers.common.config import RunConfig, Section, load_config
 from trainers.objectives.settings import ObjectiveConfig
 
 torch = lazy_loader.load("torch")  # like the packages above: a wrong configuration is answered before it loads
+logger = logging.getLogger(__name__)
 
 
 class ModelConfig(Section):
@@ -89,6 +91,8 @@ class Config(RunConfig):
             raise ValueError(f"`training.use_ema` is false, but {self.objective.name} learns from the EMA")
         if (self.data.dataset_name == "latents") != (self.data.vae is not None):
             raise ValueError("`data.vae` names the VAE of a latents dataset; give both or neither")
+        if self.data.dataset_name in ("imagefolder", "hub", "latents") and self.data.path is None:
+            raise ValueError(f"`data.path` is required for {self.data.dataset_name}")
         return self
 
 
@@ -161,7 +165,12 @@ def validate(model, run: common.TrainingRun, config: Config, pipeline, held_out:
         network, network, data, conditions, conditions, draws, config.objective
     )
     scalars = {name: float(value) for name, value in metrics.items()}
-    return scalars, {"samples": common.image_grid(rows, names, cell=64)}
+    if scalars.get("flow_target_outside_clip", 0) > 0.01:
+        logger.warning(
+            "%.1f %% of the flow targets exceed objective.target_clip: the data's range does not fit it",
+            100 * scalars["flow_target_outside_clip"],
+        )
+    return scalars, {"samples": pipelines.image_grid(rows, names, cell=64)}
 
 
 def create_pipeline(transformer, config: Config):
@@ -227,6 +236,9 @@ def main(argv: list[str] | None = None) -> None:
         modules={"teacher": teacher} if teacher is not None else None,
     )
     run.resume()
+    if config.objective.name == "shortcut":
+        rows = objectives.shortcut.count_bootstrap_rows(config.training.train_batch_size, config.objective)
+        logger.info("each micro-batch of %d rows bootstraps %d", config.training.train_batch_size, rows)
     pipeline = create_pipeline(run.inference_model, config)
     for batch in run.batches():
         if config.objective.name == "progressive" and objectives.distillation.starts_phase(

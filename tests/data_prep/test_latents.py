@@ -39,6 +39,7 @@ class Pictures(Dataset):
     num_classes = 3
 
     def __init__(self, seed: int = 0, size: int = SIZE, count: int = COUNT, dies_at: int | None = None) -> None:
+        self.class_labels = torch.arange(count) % 3
         self.pixel_values = torch.rand(count, 3, size, size, generator=torch.Generator().manual_seed(seed)) * 2 - 1
         self.dies_at = dies_at
 
@@ -48,7 +49,7 @@ class Pictures(Dataset):
     def __getitem__(self, row: int) -> dict[str, torch.Tensor]:
         if row == self.dies_at:
             raise KeyboardInterrupt
-        return {"pixel_values": self.pixel_values[row], "class_labels": torch.tensor(row % 3)}
+        return {"pixel_values": self.pixel_values[row], "class_labels": self.class_labels[row]}
 
 
 def save_vae(folder, seed: int = 0, **changes) -> str:
@@ -305,9 +306,13 @@ def test_a_cache_of_something_else_is_refused(vae_folder, finished, cache, chang
     assert snapshot(cache)["manifest.json"] != snapshot(finished)["manifest.json"]
 
 
-def test_one_changed_pixel_or_label_is_noticed(vae_folder, cache):
+@pytest.mark.parametrize("what", ["pixel", "label"])
+def test_one_changed_pixel_or_label_is_noticed(vae_folder, cache, what):
     pictures = Pictures()
-    pictures.pixel_values[9, 2, 15, 15] += 1e-6
+    if what == "pixel":
+        pictures.pixel_values[9, 2, 15, 15] += 1e-6
+    else:
+        pictures.class_labels[9] = 2
     with pytest.raises(ValueError, match=r"the content of shard-00002.safetensors has changed"):
         encode(vae_folder, cache, pictures)
     (cache / "shard-00002.safetensors").unlink()  # also where the shard has to be encoded again

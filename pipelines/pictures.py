@@ -1,4 +1,4 @@
-"""Pictures for validation: grids with labels."""
+"""Pictures of samples: grids with labels."""
 
 from __future__ import annotations
 
