@@ -19,7 +19,7 @@ body { margin: 0 auto; max-width: 62rem; padding: 1rem 1.2rem 4rem; background: 
 h1 { font-size: 1.7rem; line-height: 1.2; margin: 1.2rem 0 .4rem } h2 { font-size: 1.2rem; margin: 2.2rem 0 .5rem }
 p.lead { color: var(--soft); font-size: 1.08rem } figure { margin: 0 } figcaption { color: var(--soft); font-size: .9rem }
 .pair { display: grid; grid-template-columns: repeat(auto-fit, minmax(18rem, 1fr)); gap: 1.2rem }
-img { width: 100%; height: auto; image-rendering: pixelated; border: 1px solid var(--line); border-radius: 4px; background: #fff }
+img { width: 100%; height: auto; border: 1px solid var(--line); border-radius: 4px; background: #fff }
 .scroll { overflow-x: auto } table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums }
 th, td { text-align: right; padding: .3rem .6rem; border-bottom: 1px solid var(--line); white-space: nowrap }
 th:first-child, td:first-child { text-align: left } td.best { color: var(--accent); font-weight: 600 }

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import multiprocessing
 import os
 import shutil
@@ -27,7 +28,7 @@ from data_prep.digits import load_digits
 from demos import report
 from pipelines import image_grid
 from pipelines.shortcut import ShortcutPipeline
-from pipelines.shortcut.evaluate import DigitsReference, draw_samples
+from pipelines.shortcut.evaluation import DigitsReference, draw_samples
 from trainers import train_shortcut
 
 CONFIG = Path("configs/shortcut/digits.yaml")
@@ -35,6 +36,7 @@ ARMS = {"flow_matching": "Flow matching", "shortcut": "Shortcut model"}
 STEPS = (1, 2, 4, 8, 128)
 IRREGULAR = [0.5, 0.3, 0.15, 0.05]
 NUM_SAMPLES = 1797  # as many as there are real digits
+BATCH = 300
 
 
 def run_arm(arm: str, output_dir: Path, max_train_steps: int, sampled: Synchronized) -> None:
@@ -50,10 +52,15 @@ def run_arm(arm: str, output_dir: Path, max_train_steps: int, sampled: Synchroni
 
     pipeline = ShortcutPipeline.from_pretrained(run_dir)
     pipeline.set_progress_bar_config(disable=True)
-    samples = {}
-    for name, setting in settings_of(arm).items():
-        samples[name] = draw_samples(pipeline, NUM_SAMPLES, **setting)
-        sampled.value += setting.get("num_inference_steps", len(IRREGULAR))
+
+    def count(*_) -> None:
+        sampled.value += 1
+
+    pipeline.transformer.register_forward_hook(count)
+    samples = {
+        name: draw_samples(pipeline, NUM_SAMPLES, batch_size=BATCH, **setting)
+        for name, setting in settings_of(arm).items()
+    }
     save_file(samples, run_dir / "samples.tmp")
     (run_dir / "samples.tmp").rename(run_dir / "samples.safetensors")
 
@@ -79,8 +86,8 @@ def run_both(output_dir: Path, max_train_steps: int) -> dict[str, float]:
     processes = {
         arm: context.Process(target=run_arm, args=(arm, output_dir, max_train_steps, sampled[arm])) for arm in ARMS
     }
-    steps_to_sample = 2 * sum(STEPS) + len(IRREGULAR)
-    bars = [("training", "update", 2 * max_train_steps), ("sampling", "step", steps_to_sample)]
+    forwards = (2 * sum(STEPS) + len(IRREGULAR)) * math.ceil(NUM_SAMPLES / BATCH)
+    bars = [("training", "update", 2 * max_train_steps), ("sampling", "batch", forwards)]
     try:
         for process in processes.values():
             process.start()
@@ -91,7 +98,8 @@ def run_both(output_dir: Path, max_train_steps: int) -> dict[str, float]:
                     rows = {arm: read_metrics(output_dir / arm)[-1:] for arm in ARMS}
                     trained = sum(row["step"] for last in rows.values() for row in last)
                     bar.update((trained if phase == "training" else sum(v.value for v in sampled.values())) - bar.n)
-                    bar.set_postfix({arm: f"{row['loss_flow']:.3f}" for arm, last in rows.items() for row in last})
+                    losses = {arm: f"{row['loss_flow']:.3f}" for arm, last in rows.items() for row in last}
+                    bar.set_postfix(losses, refresh=False)
                     for arm, process in processes.items():
                         if process.exitcode:
                             log = (output_dir / arm / "train.log").read_text()[-3000:]
@@ -174,14 +182,16 @@ def write_report(output_dir: Path, samples: dict, metrics: dict) -> None:
     sections = [
         (
             "One step",
-            report.side_by_side(*(report.picture(wall(samples[a]["1"]), f"{ARMS[a]}, one step") for a in ARMS)),
+            report.side_by_side(
+                *(report.picture(wall(samples[a]["1"]), f"{ARMS[a]}, one step") for a in ARMS),
+                report.picture(wall(real), "Real handwriting, 8x8 pixels (enlarged)"),
+            ),
         ),
         (
             "The same noise, more steps",
             report.side_by_side(*(report.picture(grid(a), ARMS[a]) for a in ARMS))
             + f"<p>Irregular means steps of {', '.join(map(str, IRREGULAR))}: any list that adds up to 1 will do.</p>",
         ),
-        ("The real thing", report.side_by_side(report.picture(wall(real), "Handwritten digits, 8x8 pixels"))),
         (
             "Figures",
             report.table(

@@ -5,8 +5,8 @@
     ... --resume_from_checkpoint latest            continue where it stopped
     ... --objective.name flow_matching             a baseline on the same network, data and budget
 
-Top to bottom: what can be set, the loss of one micro-batch, the validation, the loop. The mathematics is in
-trainers/objectives, the network and the sampling in pipelines/shortcut, the mechanics in trainers/common.
+Top to bottom: what can be set, the loss of one micro-batch, validation, the loop. The mathematics is in
+trainers/objectives, network and sampling in pipelines/shortcut, the mechanics in trainers/common.
 """
 
 from __future__ import annotations
@@ -166,10 +166,7 @@ def validate(model, run: common.TrainingRun, config: Config, pipeline, held_out:
     )
     scalars = {name: float(value) for name, value in metrics.items()}
     if scalars.get("flow_target_outside_clip", 0) > 0.01:
-        logger.warning(
-            "%.1f %% of the flow targets exceed objective.target_clip: the data's range does not fit it",
-            100 * scalars["flow_target_outside_clip"],
-        )
+        logger.warning("over 1 % of the flow targets exceed objective.target_clip: the data's range does not fit it")
     return scalars, {"samples": pipelines.image_grid(rows, names, cell=64)}
 
 
@@ -228,13 +225,8 @@ def main(argv: list[str] | None = None) -> None:
         teacher = shortcut.ShortcutDiT.from_pretrained(config.objective.teacher_model, subfolder="transformer")
         teacher.requires_grad_(False)
         transformer.load_state_dict(teacher.state_dict())
-    run = common.TrainingRun(
-        accelerator,
-        config,
-        model=transformer,
-        dataset=dataset,
-        modules={"teacher": teacher} if teacher is not None else None,
-    )
+    modules = {"teacher": teacher} if teacher is not None else None
+    run = common.TrainingRun(accelerator, config, model=transformer, dataset=dataset, modules=modules)
     run.resume()
     if config.objective.name == "shortcut":
         rows = objectives.shortcut.count_bootstrap_rows(config.training.train_batch_size, config.objective)

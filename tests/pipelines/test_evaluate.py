@@ -17,15 +17,8 @@ from data_prep.digits import load_digits
 from pipelines import PixelCodec
 from pipelines.metrics import InceptionFeatures, frechet_distance, to_uint8
 from pipelines.shortcut import OFFICIAL, ShortcutDiT, ShortcutPipeline, ShortcutScheduler
-from pipelines.shortcut.evaluate import (
-    DigitsReference,
-    draw_samples,
-    loss_by_level_and_time,
-    main,
-    sample_noise,
-    to_images,
-    to_model_space,
-)
+from pipelines.shortcut.evaluate import main, to_images, to_model_space
+from pipelines.shortcut.evaluation import DigitsReference, draw_samples, loss_by_level_and_time, sample_noise
 from trainers.objectives.rectified_flow import interpolate, squared_error
 from trainers.objectives.settings import ObjectiveConfig
 
