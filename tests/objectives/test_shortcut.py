@@ -175,6 +175,24 @@ def test_the_teacher_gets_no_gradient_and_the_logged_parts_add_up():
     torch.testing.assert_close(split.detach(), parts["loss_bootstrap"] + parts["loss_flow"])
 
 
+def test_the_midpoint_and_the_target_are_clipped():
+    config = ObjectiveConfig(target_clip=2.0)
+    data, conditions, null = batch(16)
+    draws = draw(data, config)
+    rows = slice(0, draws.num_bootstrap)
+    seen = []
+
+    def teacher(sample, t, step_size, conditions):
+        seen.append(sample)
+        return torch.full_like(sample, 100.0)
+
+    labels, nulls = ({"class_labels": c["class_labels"][rows]} for c in (conditions, null))
+    targets = bootstrap_targets(teacher, data[rows], draws, labels, nulls, config)
+    assert (seen[1] <= 2.0).all()
+    assert (seen[1] == 2.0).any()
+    assert torch.equal(targets, torch.full_like(targets, 2.0))
+
+
 def test_data_outside_the_clip_is_measured():
     data, conditions, null = batch(64, point=9.0)
     network = exact_flow_to(9.0)

@@ -102,6 +102,15 @@ def test_a_patch_lands_where_it_came_from():
     assert torch.equal(changed, expected)
 
 
+def test_pixels_of_a_patch_are_in_row_column_channel_order():
+    model = build(in_channels=3)
+    with torch.no_grad():
+        model.proj_out.weight.zero_()
+        model.proj_out.bias.copy_(torch.arange(12.0))
+        patch = model(torch.randn(1, 3, 8, 8), torch.zeros(1), torch.zeros(1), torch.zeros(1, dtype=torch.long)).sample
+    assert patch[0, :, 0:2, 0:2].tolist() == [[[0, 3], [6, 9]], [[1, 4], [7, 10]], [[2, 5], [8, 11]]]
+
+
 def test_gradient_checkpointing_changes_nothing():
     grads = []
     for checkpointing in (False, True):
