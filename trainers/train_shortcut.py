@@ -1,6 +1,6 @@
 """Train an image model that generates in one step, or in as many as you like (shortcut models, arXiv 2410.12557).
 
-    accelerate launch --config_file accelerate_configs/cpu.yaml trainers/train_shortcut.py \\
+    accelerate launch -q --config_file accelerate_configs/cpu.yaml trainers/train_shortcut.py \\
         --config configs/shortcut/digits.yaml
     ... --resume_from_checkpoint latest            continue where it stopped
     ... --objective.name flow_matching             a baseline on the same network, data and budget

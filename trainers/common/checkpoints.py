@@ -67,7 +67,7 @@ def verify(checkpoint: Path) -> list[str]:
         files = manifest["files"]
     except FileNotFoundError:
         return [f"{MANIFEST}: missing"]
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return [f"{MANIFEST}: damaged"]
     # Compared with what lies in the folder: a manifest cannot point outside it.
     present = _files(checkpoint)

@@ -6,6 +6,7 @@ Light on purpose (no torch): a typo is answered before anything heavy is importe
 from __future__ import annotations
 
 import difflib
+import reprlib
 import sys
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -43,11 +44,21 @@ class TrainingConfig(Section):
     learning_rate: float = Field(1e-4, gt=0)
     """Peak learning rate; not scaled by batch size or process count."""
     lr_scheduler: Literal[
-        "constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial", "inverse_sqrt"
+        "constant",
+        "constant_with_warmup",
+        "linear",
+        "cosine",
+        "cosine_with_restarts",
+        "polynomial",
+        "warmup_stable_decay",
+        "inverse_sqrt",
     ] = "constant"
-    """diffusers' schedules by name, counted in updates; `inverse_sqrt`: (1 - .999^(n+1)) / sqrt(1 + n / 200000)."""
+    """diffusers' schedules by name, counted in updates; `warmup_stable_decay`: constant, then linear to 0 at the end;
+    `inverse_sqrt`: (1 - .999^(n+1)) / sqrt(1 + n / 200000)."""
     lr_warmup_steps: int = Field(0, ge=0)
     """Updates of linear warm-up (schedules that have one)."""
+    lr_decay_steps: int = Field(0, ge=0)
+    """Last updates over which `warmup_stable_decay` falls."""
     adam_beta1: float = Field(0.9, ge=0, lt=1)
     adam_beta2: float = Field(0.999, ge=0, lt=1)
     adam_epsilon: float = Field(1e-8, gt=0)
@@ -66,6 +77,7 @@ class TrainingConfig(Section):
     use_ema: bool = True
     """Keep an exponential moving average of the weights: validation and the exported pipeline use it."""
     ema_decay: float = Field(0.999, ge=0, lt=1)
+    """Share of the average that each update keeps; 0 follows the weights."""
     ema_ramp: bool = False
     """Start with decay (1 + n) / (10 + n) until it exceeds `ema_decay`."""
 
@@ -96,9 +108,10 @@ class TrainingConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> TrainingConfig:
-        if self.lr_warmup_steps > self.max_train_steps:
+        if self.lr_warmup_steps + self.lr_decay_steps > self.max_train_steps:
             raise ValueError(
-                f"`lr_warmup_steps` ({self.lr_warmup_steps}) exceeds `max_train_steps` ({self.max_train_steps})"
+                f"`lr_warmup_steps` ({self.lr_warmup_steps}) and `lr_decay_steps` ({self.lr_decay_steps}) exceed "
+                f"`max_train_steps` ({self.max_train_steps})"
             )
         return self
 
@@ -204,7 +217,7 @@ def _read_yaml(file: str, problems: list[str]) -> dict:
     except OSError as error:
         problems.append(f"--config {file}: {error.strerror}")
         return {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         problems.append(f"{file} is not YAML: {' '.join(str(error).split())}")
         return {}
     if not isinstance(values, dict):
@@ -231,7 +244,8 @@ def _explain(detail: dict, keys: list[str]) -> str:
     message = detail["msg"].removeprefix("Value error, ")
     if isinstance(detail["input"], dict):
         return f"{key}: {message}" if key else message
-    return f"{key} = {detail['input']!r}: {message[0].lower()}{message[1:]}"
+    # reprlib: a few lines of YAML aliases can stand for gigabytes
+    return f"{key} = {reprlib.repr(detail['input'])}: {message[0].lower()}{message[1:]}"
 
 
 def _suggest(key: str, keys: list[str]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import signal
 from collections.abc import Iterator
 
@@ -12,7 +13,9 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 
 def derive_seed(*parts: int) -> int:
     """One 63-bit seed from several integers; different parts give unrelated seeds."""
-    return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> np.uint64(1))
+    # The count and a fixed width for each: a bare SeedSequence does not tell (1, 2) from (1, 2, 0).
+    words = np.array([len(parts), *parts], np.uint64).view(np.uint32)
+    return int(np.random.SeedSequence(words).generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 class SampleKey(int):
@@ -83,6 +86,13 @@ def create_loader(dataset: Dataset, sampler: StreamSampler, num_workers: int, pi
         worker_init_fn=_leave_signals_to_the_trainer,
         generator=torch.Generator(),  # else making an iterator would draw from the global one
     )
+
+
+def abandon_workers() -> None:
+    """End the loader's processes at once, just before this one: a dataset that hangs would keep it from ending."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would report their end as an error
+    for worker in multiprocessing.active_children():
+        worker.kill()  # they ignore the SIGTERM of Python's own clean-up, and it would wait for them
 
 
 def _leave_signals_to_the_trainer(worker: int) -> None:

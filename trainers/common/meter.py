@@ -21,6 +21,7 @@ class Meter:
         self.accelerator = accelerator
         self.sums: dict[str, Tensor] = {}
         self.micro_batches = self.updates = 0
+        self._complete: tuple[dict[str, Tensor], int] = {}, 0  # sums and micro-batches after the last update
         self._timed_updates, self._waited = 0, 0.0
         self._since = time.perf_counter()
 
@@ -35,6 +36,7 @@ class Meter:
         self.sums["grad_norm"] = self.sums["grad_norm"] + grad_norm if "grad_norm" in self.sums else grad_norm
         self.updates += 1
         self._timed_updates += 1
+        self._complete = dict(self.sums), self.micro_batches
 
     @contextmanager
     def data_wait(self, stop: StopSignal | None) -> Iterator[None]:
@@ -65,6 +67,7 @@ class Meter:
         on_gpu = device.type == "cuda"
         row["perf/memory_gib"] = torch.cuda.max_memory_allocated(device) / 2**30 if on_gpu else resident_memory_gib()
         self.sums, self.micro_batches, self.updates = {}, 0, 0
+        self._complete = {}, 0
         self.restart_clock()
         return row
 
@@ -79,12 +82,16 @@ class Meter:
         }
 
     def state(self) -> dict:
-        """The unfinished interval, so that a resumed run logs the same rows; called by all processes."""
-        names = sorted(self.sums)
+        """The unfinished interval, so that a resumed run logs the same rows; called by all processes.
+
+        Without the micro-batches of an update that a stop cut short: they are drawn again.
+        """
+        sums, micro_batches = self._complete
+        names = sorted(sums)
         if names:
-            totals = self.accelerator.reduce(torch.stack([self.sums[n].double() for n in names]), "mean").tolist()
+            totals = self.accelerator.reduce(torch.stack([sums[n].double() for n in names]), "mean").tolist()
         return {
-            "micro_batches": self.micro_batches,
+            "micro_batches": micro_batches,
             "updates": self.updates,
             "sums": dict(zip(names, totals, strict=True)) if names else {},
         }
@@ -94,3 +101,4 @@ class Meter:
         self.micro_batches, self.updates = state["micro_batches"], state["updates"]
         device = self.accelerator.device
         self.sums = {n: torch.tensor(v, dtype=torch.float32, device=device) for n, v in state["sums"].items()}
+        self._complete = dict(self.sums), self.micro_batches

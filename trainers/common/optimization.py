@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
+
 import torch
 from diffusers.optimization import get_scheduler
 from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
+from transformers.optimization import get_wsd_schedule
 
 from trainers.common.config import TrainingConfig
 
@@ -44,6 +47,14 @@ def create_lr_scheduler(optimizer: Optimizer, config: TrainingConfig) -> LambdaL
     if config.lr_scheduler == "inverse_sqrt":
         # the schedule of the continuous-step shortcut recipe
         return LambdaLR(optimizer, lambda step: (1 - 0.999 ** (step + 1)) * (1 + step / 200_000) ** -0.5)
+    if config.lr_scheduler == "warmup_stable_decay":
+        return get_wsd_schedule(
+            optimizer,
+            num_warmup_steps=config.lr_warmup_steps,
+            num_decay_steps=config.lr_decay_steps,
+            num_training_steps=config.max_train_steps,
+            decay_type="linear",
+        )
     return get_scheduler(
         config.lr_scheduler,
         optimizer,
@@ -55,4 +66,6 @@ def create_lr_scheduler(optimizer: Optimizer, config: TrainingConfig) -> LambdaL
 def set_schedule_step(lr_scheduler: LambdaLR, step: int) -> None:
     """Put the schedule where it stands after `step` updates; it is a function of the step, so nothing else is state."""
     lr_scheduler.last_epoch = step - 1
-    lr_scheduler.step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # "called before optimizer.step()", which is the purpose
+        lr_scheduler.step()

@@ -30,7 +30,7 @@ from tqdm import tqdm
 from trainers.common import checkpoints
 from trainers.common.checkpoints import step_of, write_json
 from trainers.common.config import EXIT_CONFIG, RunConfig
-from trainers.common.data import DataOrder, StreamSampler, create_loader, derive_seed
+from trainers.common.data import DataOrder, StreamSampler, abandon_workers, create_loader, derive_seed
 from trainers.common.ema import EMA
 from trainers.common.meter import Meter
 from trainers.common.optimization import create_lr_scheduler, create_optimizer, set_schedule_step
@@ -199,8 +199,9 @@ class TrainingRun:
         self.step, self.consumed_samples = state["step"], state["consumed_samples"]
         set_schedule_step(self.lr_scheduler, self.step)
         self._meter.load(state["meter"])
-        self._resumed_from = self.run_dir / checkpoint.name if checkpoint.parent == self.run_dir else None
-        self._saved.add(checkpoint)
+        if checkpoint.resolve().parent == self.run_dir.resolve():  # however its path was written
+            self._resumed_from = self.run_dir / checkpoint.name
+            self._saved.add(self._resumed_from)
 
     # ---- the loop ----
 
@@ -388,6 +389,7 @@ class TrainingRun:
     def _stop(self) -> None:
         self.save_checkpoint()
         self._close()
+        abandon_workers()
         raise leave(EXIT_RESUME, f"stopped at update {self.step}; continue with --resume_from_checkpoint latest")
 
     def _close(self) -> None:

@@ -76,9 +76,10 @@ class Tracking:
     def __init__(self, run_dir: Path, step: int, trackers: list[Callable[[Path, int], Tracker]]):
         self.run_dir, self.path = run_dir, run_dir / "metrics.jsonl"
         if self.path.exists():
-            kept = [line for line in self.path.read_text().splitlines() if _step_of(line) <= step]
+            lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines()
+            kept = [line for line in lines if _step_of(line) <= step]
             temporary = self.path.with_suffix(".tmp")
-            temporary.write_text("".join(line + "\n" for line in kept))
+            temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
             temporary.rename(self.path)
         self.threads = [_TrackerThread(tracker, run_dir, step) for tracker in trackers]
 
@@ -137,8 +138,8 @@ class _TrackerThread(threading.Thread):
 
 def _step_of(line: str) -> float:
     try:
-        return json.loads(line)["step"]
-    except ValueError:
+        return float(json.loads(line)["step"])
+    except (ValueError, TypeError, KeyError):
         return float("inf")  # torn by a kill in the middle of a write
 
 

@@ -1,0 +1,66 @@
+"""One thread, CPU, and a fresh Accelerate state for every test."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+os.environ["OMP_NUM_THREADS"] = "1"
+# Modules that tests share (runs.py) are found by tests and by the processes they start.
+sys.path.insert(0, str(Path(__file__).parent))
+
+import pytest
+import runs
+import torch
+
+torch.set_num_threads(1)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+
+
+@pytest.fixture(autouse=True)
+def _own_process_state(request, monkeypatch):
+    """Accelerate keeps its state in classes, and a run takes the signals: undo both."""
+    if "gpu" not in request.keywords:
+        monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    handlers = [signal.getsignal(number) for number in SIGNALS]
+    runs.reset_accelerate()
+    yield
+    runs.reset_accelerate()
+    for number, handler in zip(SIGNALS, handlers, strict=True):
+        signal.signal(number, handler)
+
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory):
+    """Six updates of the real command with checkpoints at 2, 4 and 6. Copy it before you change it."""
+    run_dir = tmp_path_factory.mktemp("finished") / "run"
+    runs.reset_accelerate()
+    runs.train(run_dir, max_train_steps=6, checkpointing_steps=2, checkpoints_total_limit=None, logging_steps=2)
+    return run_dir
+
+
+class Flows(torch.utils.data.Dataset):
+    """Samples with a noise, a time and an index of their own."""
+
+    def __init__(self, size: int = 24):
+        self.size = size
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, key: int) -> dict[str, torch.Tensor]:
+        generator = torch.Generator().manual_seed(int(key))
+        return {
+            "index": torch.tensor(int(key)),
+            "class_labels": torch.tensor(int(key) % 10),
+            "pixel_values": torch.randn(1, 8, 8, generator=generator),
+            "noise": torch.randn(1, 8, 8, generator=generator),
+            "t": torch.rand((), generator=generator),
+        }
+
+
+@pytest.fixture
+def flows():
+    return Flows()

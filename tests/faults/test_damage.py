@@ -1,0 +1,168 @@
+"""Damage to any file of a real checkpoint is found, and the run falls back to the one before; so is a full disk."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import random
+import resource
+import shutil
+from pathlib import Path
+
+import pytest
+import runs
+
+from trainers.common import checkpoints
+
+FILES = [
+    "ema.safetensors",
+    "manifest.json",
+    "model.safetensors",
+    "optimizer.bin",
+    "random_states_0.pkl",
+    "run_state.json",
+]
+FLIPS = 40
+
+
+@pytest.fixture
+def run_dir(tmp_path, finished_run):
+    return shutil.copytree(finished_run, tmp_path / "run")
+
+
+def falls_back(run_dir: Path, caplog, name: str) -> bool:
+    """Whether the damage is found, named, and the checkpoint before is chosen."""
+    caplog.clear()
+    found = checkpoints.find_latest(run_dir)
+    return (
+        found == run_dir / "checkpoint-4"
+        and f"{run_dir / 'checkpoint-6'} is damaged" in caplog.text
+        and name in caplog.text
+    )
+
+
+def test_every_file_is_tried(finished_run):
+    assert sorted(path.name for path in (finished_run / "checkpoint-6").iterdir()) == FILES
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_one_flipped_bit_is_found(run_dir, caplog, name):
+    rng = random.Random(name)
+    file = run_dir / "checkpoint-6" / name
+    content = file.read_bytes()
+    for _ in range(FLIPS):
+        bit = rng.randrange(8 * len(content))
+        flipped = bytearray(content)
+        flipped[bit // 8] ^= 1 << bit % 8
+        file.write_bytes(flipped)
+        assert falls_back(run_dir, caplog, name), bit
+    file.write_bytes(content)
+    assert checkpoints.find_latest(run_dir) == run_dir / "checkpoint-6"
+
+
+@pytest.mark.slow
+def test_every_single_bit_of_the_manifest_counts(run_dir):
+    file = run_dir / "checkpoint-6/manifest.json"
+    content = file.read_bytes()
+    for bit in range(8 * len(content)):
+        flipped = bytearray(content)
+        flipped[bit // 8] ^= 1 << bit % 8
+        file.write_bytes(flipped)
+        assert checkpoints.verify(run_dir / "checkpoint-6"), bit
+
+
+def truncate(file: Path) -> None:
+    os.truncate(file, file.stat().st_size // 2)
+
+
+def empty(file: Path) -> None:
+    os.truncate(file, 0)
+
+
+def lengthen(file: Path) -> None:
+    file.write_bytes(file.read_bytes() + b"\0")
+
+
+def zeros(file: Path) -> None:
+    """The right size, but the content never reached the disk."""
+    file.write_bytes(bytes(file.stat().st_size))
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("damage", [truncate, empty, lengthen, zeros, Path.unlink], ids=lambda f: f.__name__)
+def test_other_damage_is_found(run_dir, caplog, name, damage):
+    damage(run_dir / "checkpoint-6" / name)
+    assert falls_back(run_dir, caplog, name)
+
+
+@pytest.mark.parametrize("name", ["extra.bin", "folder/extra.bin", "custom_checkpoint_0.pkl"])
+def test_a_file_too_many_is_found(run_dir, caplog, name):
+    (run_dir / "checkpoint-6" / name).parent.mkdir(exist_ok=True)
+    (run_dir / "checkpoint-6" / name).touch()
+    assert falls_back(run_dir, caplog, name)
+
+
+def test_the_run_goes_on_from_the_one_before_and_replaces_the_damaged_one(run_dir, caplog):
+    caplog.set_level(logging.INFO)
+    undamaged = runs.tensors_of(run_dir / "checkpoint-6")
+    rows = runs.rows_of(run_dir)
+    file = run_dir / "checkpoint-6/model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"\1")
+    runs.train(run_dir, max_train_steps=6, logging_steps=2, resume_from_checkpoint="latest")
+    assert "checkpoint-6 is damaged (model.safetensors: content changed); trying the one before it" in caplog.text
+    assert f"resumed from {run_dir / 'checkpoint-4'}" in caplog.text
+    assert checkpoints.verify(run_dir / "checkpoint-6") == []
+    assert runs.differing(undamaged, runs.tensors_of(run_dir / "checkpoint-6")) == []
+    assert runs.rows_of(run_dir) == rows
+
+
+# ---- a disk that does not take the checkpoint ----
+
+
+def run_into_a_full_disk(arguments: list[str], file_bytes: int) -> None:
+    """From the second save on, no file can grow beyond a size."""
+    from trainers import train_shortcut
+
+    begin, calls = checkpoints.begin, []
+
+    def begin_and_fill(run_dir, step):
+        calls.append(step)
+        if len(calls) == 2:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, file_bytes))
+        return begin(run_dir, step)
+
+    checkpoints.begin = begin_and_fill
+    train_shortcut.main(arguments)
+
+
+@pytest.mark.parametrize("file_bytes", [200, 5_000, 100_000, 300_000])
+def test_a_full_disk_leaves_the_previous_checkpoint(tmp_path, file_bytes):
+    run_dir, log = tmp_path / "run", tmp_path / "log"
+    settings = {"max_train_steps": 3, "checkpointing_steps": 1, "checkpoints_total_limit": 1}
+    arguments = runs.command_line(run_dir, **settings)
+    process = runs.start(log, run_into_a_full_disk, arguments, file_bytes)
+    assert runs.end(process) == 1, log.read_text()
+    assert [path.name for path in checkpoints.list_checkpoints(run_dir)] == ["checkpoint-1"]
+    assert checkpoints.verify(run_dir / "checkpoint-1") == []
+    runs.train(run_dir, **settings, resume_from_checkpoint="latest")  # there is room again
+    assert checkpoints.verify(run_dir / "checkpoint-3") == []
+    assert not list(run_dir.glob("*.tmp"))
+
+
+@pytest.mark.parametrize("calls", [1, 4, 7, 8])
+def test_a_flush_that_fails_leaves_the_previous_checkpoint(tmp_path, monkeypatch, calls):
+    run_dir, fsync, seen = tmp_path / "run", os.fsync, []
+    settings = {"checkpoints_total_limit": 1}
+    runs.train(run_dir, max_train_steps=1, **settings)
+
+    def fail_once(descriptor):
+        seen.append(descriptor)
+        if len(seen) == calls:
+            raise OSError(errno.EIO, "Input/output error")
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", fail_once)
+    with pytest.raises(OSError, match="Input/output error"):
+        runs.train(run_dir, max_train_steps=2, resume_from_checkpoint="latest", **settings)
+    assert checkpoints.verify(run_dir / "checkpoint-1") == []

@@ -1,0 +1,217 @@
+"""Runs of the tiny shortcut model for tests: in this process, or in a child that can be signalled and killed."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = ROOT / "configs/shortcut/tiny.yaml"
+# What a child needs is imported once, by the server it is forked from: a child starts in a fraction of a second.
+PRELOAD = [
+    "torch.optim",
+    "accelerate",
+    "accelerate.checkpointing",
+    "sklearn.datasets",
+    "pytest",
+    "trainers.common.run",
+    "pipelines.pictures",
+    "trainers.objectives.shortcut",
+    "trainers.objectives.rectified_flow",
+    "pipelines.codecs",
+    "pipelines.shortcut.pipeline",
+    "pipelines.shortcut.scheduler",
+    "pipelines.shortcut.transformer",
+    "data_prep.images",
+    "trainers.train_shortcut",
+]
+
+
+# ---- the command, here ----
+
+
+def command_line(run_dir: Path, *others: str, **training) -> list[str]:
+    """Arguments of train_shortcut.py: tiny.yaml, no validation, then keys of the training section."""
+    values = {"output_dir": run_dir, **training}
+    written = [f"--training.{key}={json.dumps(v) if not isinstance(v, Path) else v}" for key, v in values.items()]
+    return [
+        "--config",
+        str(TINY),
+        "--validation.validation_steps=null",
+        *(w.replace('"', "") for w in written),
+        *others,
+    ]
+
+
+def train(run_dir: Path, *others: str, **training) -> None:
+    """`python trainers/train_shortcut.py ...` in this process."""
+    from trainers import train_shortcut
+
+    reset_accelerate()
+    train_shortcut.main(command_line(run_dir, *others, **training))
+
+
+def reset_accelerate() -> None:
+    """Accelerate's state lives in classes; a second run in the same process needs new ones."""
+    if "accelerate" in sys.modules:
+        from accelerate.state import AcceleratorState, GradientState
+
+        AcceleratorState._reset_state(True)
+        GradientState._reset_state()
+
+
+def tensors_of(checkpoint: Path) -> dict:
+    """Weights, EMA and optimiser state of a checkpoint."""
+    import torch
+    from safetensors.torch import load_file
+
+    tensors = {
+        f"{file.stem}/{key}": value.clone()  # it is a view of the file
+        for file in sorted(checkpoint.glob("*.safetensors"))
+        for key, value in load_file(file).items()
+    }
+    optimizer = torch.load(checkpoint / "optimizer.bin", weights_only=True)
+    for index, state in optimizer["state"].items():
+        tensors |= {f"optimizer/{index}/{key}": value for key, value in state.items()}
+    return tensors
+
+
+def differing(a: dict, b: dict) -> list[str]:
+    """Names of what is not equal bit for bit in two results of `tensors_of`."""
+    import torch
+
+    return sorted(a.keys() ^ b.keys()) + [name for name in a.keys() & b.keys() if not torch.equal(a[name], b[name])]
+
+
+def rows_of(run_dir: Path) -> list[dict]:
+    """metrics.jsonl without what depends on the clock."""
+    rows = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in row.items() if not key.startswith("perf/")} for row in rows]
+
+
+# ---- a run of a test's own loop ----
+
+
+def open_run(run_dir: Path, dataset, model=None, **training):
+    """A TrainingRun of a tiny network, resumed and ready for `batches`."""
+    import torch
+
+    from pipelines.shortcut import ShortcutDiT
+    from trainers.common import TrainingRun, create_accelerator
+    from trainers.common.config import RunConfig
+
+    reset_accelerate()
+    defaults = {"output_dir": run_dir, "max_train_steps": 4, "train_batch_size": 4, "report_to": []}
+    config = RunConfig(training={**defaults, **training})
+    accelerator = create_accelerator(config)
+    if model is None:
+        torch.manual_seed(0)
+        model = ShortcutDiT(8, 1, 2, hidden_size=16, num_layers=1, num_attention_heads=2, num_classes=10)
+    run = TrainingRun(accelerator, config, model=model, dataset=dataset)
+    run.resume()
+    return run
+
+
+def flow_loss(run, batch: dict):
+    """Flow matching where noise and time belong to the sample: the same for every way to batch it."""
+    from trainers.objectives.rectified_flow import flow_matching_loss
+
+    def network(sample, t, step_size, conditions):
+        return run.model(sample, t, step_size, **conditions).sample
+
+    conditions = {"class_labels": batch["class_labels"]}
+    return flow_matching_loss(
+        network, batch["noise"], batch["pixel_values"], batch["t"], conditions, step_size=0.0, path_eps=0.0
+    )
+
+
+def train_on(run, loss=flow_loss) -> None:
+    """The loop of every script, without its end."""
+    for batch in run.batches():
+        with run.accumulate():
+            run.update(*loss(run, batch))
+
+
+def save_and_close(run) -> None:
+    """The end of a run that exports nothing."""
+    run.save_checkpoint()
+    run._close()
+
+
+# ---- the command, in a child ----
+
+
+def start(log: Path, function: Callable[..., None], *arguments) -> BaseProcess:
+    """Call a module's function in a new process; what it prints goes to `log`."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOAD)
+    paths = [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
+    with environment(OMP_NUM_THREADS="1", ACCELERATE_USE_CPU="true", PYTHONPATH=os.pathsep.join(filter(None, paths))):
+        process = context.Process(target=_child, args=(log, function, arguments))
+        process.start()
+    return process
+
+
+def _child(log: Path, function: Callable[..., None], arguments: tuple) -> None:
+    import torch
+    from tqdm import tqdm
+
+    multiprocessing.set_start_method("fork", force=True)  # of its loader processes, as in a process from a shell
+    tqdm.set_lock(threading.RLock())  # its own is a semaphore that a killed process would leave behind
+    descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(descriptor, 1)
+    os.dup2(descriptor, 2)
+    torch.set_num_threads(1)
+    function(*arguments)
+
+
+def train_in_child(arguments: list[str]) -> None:
+    """The child's side of a run; `arguments` from `command_line`."""
+    from trainers import train_shortcut
+
+    train_shortcut.main(arguments)
+
+
+@contextmanager
+def environment(**values: str) -> Iterator[None]:
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def wait_for(condition: Callable[[], bool], process: BaseProcess, seconds: float = 60, pause: float = 0.002) -> bool:
+    """Wait until the condition holds; false if the process ends first."""
+    give_up = time.monotonic() + seconds
+    while not condition():
+        if not process.is_alive():
+            return condition()
+        if time.monotonic() > give_up:
+            process.kill()
+            raise TimeoutError(f"{seconds} s have passed")
+        time.sleep(pause)
+    return True
+
+
+def end(process: BaseProcess, seconds: float = 60) -> int:
+    """The exit code of a process that ends by itself."""
+    process.join(seconds)
+    if process.is_alive():
+        process.kill()
+        process.join()
+        raise TimeoutError(f"the process did not end in {seconds} s")
+    return process.exitcode

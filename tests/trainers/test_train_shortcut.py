@@ -1,0 +1,146 @@
+"""The real command: exact resume, extension, what a run leaves behind, refusals."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+
+import numpy as np
+import pytest
+import runs
+import torch
+from PIL import Image
+
+from pipelines.shortcut import ShortcutPipeline
+from trainers import train_shortcut
+from trainers.common.config import load_config
+
+EXACT = {"lr_scheduler": "cosine", "lr_warmup_steps": 2, "ema_ramp": True, "checkpoints_total_limit": None}
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """Twenty pictures in two classes: six updates of eight pass two ends of an epoch; half of them are mirrored."""
+    root = tmp_path_factory.mktemp("pictures")
+    noise = np.random.default_rng(0)
+    for split, count in (("train", 20), ("validation", 4)):
+        for i in range(count):
+            path = root / split / f"class{i % 2}" / f"{i}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(noise.integers(0, 256, (8, 8, 3), np.uint8)).save(path)
+    return [
+        "--data.dataset_name=imagefolder",
+        f"--data.path={root}",
+        "--data.image_size=8",
+        "--data.horizontal_flip=true",
+        "--model.dropout=0.1",
+    ]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("accumulation", [1, 2])
+def test_three_updates_and_three_after_a_resume_are_six(tmp_path, pictures, workers, accumulation):
+    """Bit for bit, in the middle of an epoch and of a log interval, with dropout and mirrored pictures."""
+    settings = EXACT | {"max_train_steps": 6, "gradient_accumulation_steps": accumulation, "logging_steps": 2}
+    settings |= {"dataloader_num_workers": workers}
+    runs.train(tmp_path / "straight", *pictures, **settings, checkpointing_steps=100)
+    runs.train(tmp_path / "broken", *pictures, **settings, checkpointing_steps=3)
+    shutil.rmtree(tmp_path / "broken/checkpoint-6")  # as if the run had ended between updates 3 and 6
+    torch.manual_seed(random.randrange(2**32))  # whatever the process did before
+    runs.train(tmp_path / "broken", *pictures, **settings, resume_from_checkpoint="latest")
+
+    straight, broken = (tmp_path / name / "checkpoint-6" for name in ("straight", "broken"))
+    assert runs.differing(runs.tensors_of(straight), runs.tensors_of(broken)) == []
+    assert [row["step"] for row in runs.rows_of(tmp_path / "straight")] == [2, 4, 6]
+    assert runs.rows_of(tmp_path / "broken") == runs.rows_of(tmp_path / "straight")
+    states = [json.loads((path / "run_state.json").read_text()) for path in (straight, broken)]
+    assert states[0] == states[1]
+    assert states[0]["consumed_samples"] == 6 * 8 * accumulation
+
+
+def test_samples_do_not_depend_on_the_number_of_workers(tmp_path, pictures):
+    for workers in (0, 2):
+        runs.train(tmp_path / str(workers), *pictures, max_train_steps=4, dataloader_num_workers=workers)
+    results = [runs.tensors_of(tmp_path / name / "checkpoint-4") for name in ("0", "2")]
+    assert runs.differing(*results) == []
+
+
+def test_two_updates_then_more_by_raising_max_train_steps(tmp_path):
+    settings = {"logging_steps": 1, "checkpoints_total_limit": None}
+    runs.train(tmp_path / "straight", **settings, max_train_steps=4)
+    runs.train(tmp_path / "extended", **settings, max_train_steps=2)
+    assert (tmp_path / "extended/model_index.json").exists()
+    runs.train(tmp_path / "extended", **settings, max_train_steps=4, resume_from_checkpoint="latest")
+    straight, extended = (runs.tensors_of(tmp_path / name / "checkpoint-4") for name in ("straight", "extended"))
+    assert runs.differing(straight, extended) == []
+    assert runs.rows_of(tmp_path / "straight") == runs.rows_of(tmp_path / "extended")
+    ema = runs.tensors_of(tmp_path / "extended/checkpoint-4")
+    pipeline = ShortcutPipeline.from_pretrained(tmp_path / "extended")
+    for name, value in pipeline.transformer.state_dict().items():
+        assert torch.equal(value, ema[f"ema/{name}"]), name
+
+
+def test_resuming_a_finished_run_changes_nothing(tmp_path, finished_run):
+    run_dir = shutil.copytree(finished_run, tmp_path / "run")
+    before = (runs.tensors_of(run_dir / "checkpoint-6"), runs.rows_of(run_dir))
+    runs.train(run_dir, max_train_steps=6, logging_steps=2, resume_from_checkpoint="latest")
+    assert runs.differing(before[0], runs.tensors_of(run_dir / "checkpoint-6")) == []
+    assert runs.rows_of(run_dir) == before[1]
+
+
+def test_the_configuration_rules_after_a_resume(tmp_path, finished_run):
+    """A new learning rate or weight decay takes effect; the one of the interrupted run does not come back."""
+    run_dir = shutil.copytree(finished_run, tmp_path / "run")
+    runs.train(run_dir, max_train_steps=7, logging_steps=1, learning_rate=5e-4, resume_from_checkpoint="latest")
+    assert runs.rows_of(run_dir)[-1]["learning_rate"] == 5e-4
+
+
+def test_another_seed_or_dataset_cannot_continue_a_run(tmp_path, finished_run, capsys):
+    run_dir = shutil.copytree(finished_run, tmp_path / "run")
+    with pytest.raises(SystemExit) as exit_:
+        runs.train(run_dir, max_train_steps=8, seed=1, resume_from_checkpoint="latest")
+    assert exit_.value.code == 2
+    assert "was trained with seed 0, now it is 1" in capsys.readouterr().err
+
+
+def test_a_run_leaves_its_description_and_a_pipeline(finished_run):
+    names = {path.name for path in finished_run.iterdir()}
+    assert names >= {"config.yaml", "environment.json", "metrics.jsonl", "model_index.json", "transformer", "scheduler"}
+    environment = json.loads((finished_run / "environment.json").read_text())
+    assert environment["packages"]["torch"] == torch.__version__
+    assert environment["num_processes"] == 1
+    config = load_config(train_shortcut.Config, ["--config", str(finished_run / "config.yaml")])
+    assert config.training.max_train_steps == 6
+    assert not list(finished_run.glob("*.tmp"))
+
+
+def test_the_exported_pipeline_draws_pictures(finished_run):
+    pipeline = ShortcutPipeline.from_pretrained(finished_run)
+    pipeline.set_progress_bar_config(disable=True)
+    images = pipeline([3, 4], num_inference_steps=1, generator=torch.Generator().manual_seed(0)).images
+    assert [image.size for image in images] == [(8, 8), (8, 8)]
+
+
+def test_rows_hold_rates_and_means(finished_run):
+    rows = [json.loads(line) for line in (finished_run / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows] == [2, 4, 6]
+    for row in rows:
+        assert {"loss", "grad_norm", "learning_rate", "epoch", "loss_flow", "perf/samples_per_second"} <= row.keys()
+        assert 0 <= row["perf/data_wait_share"] <= 1
+        assert row["perf/memory_gib"] > 0
+    assert rows[-1]["epoch"] == pytest.approx(48 / 1437)
+
+
+def test_an_unreadable_data_folder_is_one_line(tmp_path):
+    with pytest.raises(SystemExit, match=r"data: .*not a folder"):
+        runs.train(
+            tmp_path / "run", f"--data.path={tmp_path / 'none'}", "--data.dataset_name=imagefolder", max_train_steps=1
+        )
+
+
+def test_the_loss_curve_is_the_one_we_know(tmp_path):
+    """Pinned on CPU in float32; a change means that every run changes. Tolerance: other CPUs add in other orders."""
+    runs.train(tmp_path / "run", max_train_steps=4, logging_steps=1)
+    losses = [row["loss"] for row in runs.rows_of(tmp_path / "run")]
+    assert losses == pytest.approx([1.297118, 1.208150, 1.385682, 1.213734], rel=1e-4)
