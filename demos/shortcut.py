@@ -36,7 +36,7 @@ ARMS = {"flow_matching": "Flow matching", "shortcut": "Shortcut model"}
 STEPS = (1, 2, 4, 8, 128)
 IRREGULAR = [0.5, 0.3, 0.15, 0.05]
 NUM_SAMPLES = 1797  # as many as there are real digits
-BATCH = 300
+BATCH = 64  # fits the cache of one core
 
 
 def run_arm(arm: str, output_dir: Path, max_train_steps: int, sampled: Synchronized) -> None:
@@ -165,7 +165,7 @@ def write_report(output_dir: Path, samples: dict, metrics: dict) -> None:
         f"distance {one['shortcut']:.3f} against {one['flow_matching']:.3f}."
     )
     commands = (
-        "<pre>accelerate launch --config_file accelerate_configs/cpu.yaml trainers/train_shortcut.py \\\n"
+        "<pre>accelerate launch -q --config_file accelerate_configs/cpu.yaml trainers/train_shortcut.py \\\n"
         "    --config configs/shortcut/digits.yaml --learning_rate 5e-4        # your own run\n"
         "... --resume_from_checkpoint latest --max_train_steps 5000          # stop, continue, extend\n"
         f"python -m pipelines.shortcut.evaluate {output_dir}/shortcut     # these figures, loss by level</pre>"

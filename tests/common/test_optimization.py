@@ -87,13 +87,14 @@ FORMULAS = {
     "constant_with_warmup": lambda n: min(1.0, n / 5),
     "linear": lambda n: n / 5 if n < 5 else (20 - n) / 15,
     "cosine": lambda n: n / 5 if n < 5 else 0.5 * (1 + math.cos(math.pi * (n - 5) / 15)),
+    "warmup_stable_decay": lambda n: min(1.0, n / 5, (20 - n) / 4),
     "inverse_sqrt": lambda n: (1 - 0.999 ** (n + 1)) / math.sqrt(1 + n / 200_000),
 }
 
 
 @pytest.mark.parametrize("name", FORMULAS)
 def test_schedules_are_counted_in_updates(name):
-    training = config(learning_rate=2e-3, lr_scheduler=name, lr_warmup_steps=5)
+    training = config(learning_rate=2e-3, lr_scheduler=name, lr_warmup_steps=5, lr_decay_steps=4)
     assert schedule(20, training) == pytest.approx([2e-3 * FORMULAS[name](n) for n in range(20)], abs=1e-12)
 
 
@@ -106,7 +107,7 @@ def test_inverse_sqrt_far_from_its_start():
 @pytest.mark.parametrize("name", FORMULAS)
 @pytest.mark.parametrize("start", [1, 4, 5, 13])
 def test_a_schedule_continues_where_it_stopped(name, start):
-    training = config(lr_scheduler=name, lr_warmup_steps=5)
+    training = config(lr_scheduler=name, lr_warmup_steps=5, lr_decay_steps=4)
     assert schedule(20 - start, training, start) == schedule(20, training)[start:]
 
 

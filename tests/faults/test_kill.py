@@ -124,7 +124,7 @@ def check(counts: dict, trials: int) -> None:
 
 
 def test_a_killed_run_goes_on_and_ends_with_the_same_weights(tmp_path):
-    check(campaign(10, seed=0, root=tmp_path), trials=10)
+    check(campaign(30, seed=0, root=tmp_path), trials=30)
 
 
 @pytest.mark.slow

@@ -28,6 +28,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 
 from trainers.common import checkpoints
+from trainers.common.attention import configure_network
 from trainers.common.checkpoints import step_of, write_json
 from trainers.common.config import EXIT_CONFIG, RunConfig
 from trainers.common.data import DataOrder, StreamSampler, abandon_workers, create_loader, derive_seed
@@ -401,26 +402,3 @@ class TrainingRun:
         self.accelerator.end_training()
         if self._lock is not None:
             self._lock.close()
-
-
-def configure_network(model: ModelMixin, config) -> ModelMixin:
-    """Attention backend (tried out) and gradient checkpointing."""
-    if config.gradient_checkpointing:
-        model.enable_gradient_checkpointing()
-    if config.attention_backend != "native":
-        try:
-            model.set_attention_backend(config.attention_backend)
-            try_attention(config.attention_backend, next(model.parameters()).device)
-        except (ValueError, RuntimeError, ImportError, NotImplementedError) as error:
-            reason = str(error).splitlines()[0]
-            raise leave(EXIT_CONFIG, f"attention_backend {config.attention_backend} does not work: {reason}") from error
-    return model
-
-
-def try_attention(backend: str, device: torch.device) -> None:
-    """One small forward and backward: several backends can be chosen where they cannot run."""
-    from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
-
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    query = torch.randn(1, 64, 2, 64, device=device, dtype=dtype, requires_grad=True)
-    dispatch_attention_fn(query, query, query, backend=AttentionBackendName(backend)).sum().backward()

@@ -118,7 +118,7 @@ def draw_dyadic(num_rows: int, config: ObjectiveConfig, device: torch.device) ->
             level[-1] = 0
     else:
         counts = torch.tensor(dyadic_level_counts(num_rows, config)[::-1])
-        level = torch.arange(levels - 1, -1, -1).repeat_interleave(counts).to(device)
+        level = torch.arange(levels - 1, -1, -1).repeat_interleave(counts).to(device, non_blocking=True)
     sections = torch.exp2(level.float())
     return torch.floor(torch.rand(num_rows, device=device) * sections) / sections, 1 / sections
 
@@ -145,7 +145,9 @@ def bootstrap_targets(
     small = half <= (1 + 1e-4) / config.denoise_timesteps
     queried = half if config.smallest_step == "none" else torch.where(small, config.flow_step_size, half)
     scale = config.bootstrap_guidance_scale
-    guidable = torch.tensor(draws.guidable, device=t.device) if scale is not None and draws.guidable else None
+    guidable = None
+    if scale is not None and draws.guidable:
+        guidable = torch.tensor(draws.guidable).to(t.device, non_blocking=True)
 
     def velocity(x: Sample, t: Tensor) -> Sample:
         if guidable is None:

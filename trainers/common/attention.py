@@ -1,0 +1,32 @@
+"""The attention kernel a run asked for, tried out before it is needed."""
+
+from __future__ import annotations
+
+import torch
+from diffusers import ModelMixin
+
+from trainers.common.config import EXIT_CONFIG, TrainingConfig
+from trainers.common.run_dir import leave
+
+
+def configure_network(model: ModelMixin, config: TrainingConfig) -> ModelMixin:
+    """Attention backend (tried out) and gradient checkpointing."""
+    if config.gradient_checkpointing:
+        model.enable_gradient_checkpointing()
+    if config.attention_backend != "native":
+        try:
+            model.set_attention_backend(config.attention_backend)
+            try_attention(config.attention_backend, next(model.parameters()).device)
+        except (ValueError, RuntimeError, ImportError, NotImplementedError) as error:
+            reason = str(error).partition("\n")[0] or type(error).__name__
+            raise leave(EXIT_CONFIG, f"attention_backend {config.attention_backend} does not work: {reason}") from error
+    return model
+
+
+def try_attention(backend: str, device: torch.device) -> None:
+    """One small forward and backward: several backends can be chosen where they cannot run."""
+    from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
+
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    query = torch.randn(1, 64, 2, 64, device=device, dtype=dtype, requires_grad=True)
+    dispatch_attention_fn(query, query, query, backend=AttentionBackendName(backend)).sum().backward()
