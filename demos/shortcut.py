@@ -88,12 +88,17 @@ def run_both(output_dir: Path, max_train_steps: int) -> dict[str, float]:
     }
     forwards = (2 * sum(STEPS) + len(IRREGULAR)) * math.ceil(NUM_SAMPLES / BATCH)
     bars = [("training", "update", 2 * max_train_steps), ("sampling", "batch", forwards)]
+
+    def is_over(phase: str, arm: str) -> bool:
+        # a run exports its pipeline when it is trained, its process ends when it is sampled
+        return (output_dir / arm / "model_index.json").exists() if phase == "training" else arm in seconds
+
     try:
         for process in processes.values():
             process.start()
         for phase, unit, total in bars:
             with tqdm(total=total, unit=unit, desc=phase, smoothing=0.1) as bar:
-                while bar.n < total:
+                while not all(is_over(phase, arm) for arm in ARMS):
                     time.sleep(0.5)
                     rows = {arm: read_metrics(output_dir / arm)[-1:] for arm in ARMS}
                     trained = sum(row["step"] for last in rows.values() for row in last)
@@ -106,6 +111,7 @@ def run_both(output_dir: Path, max_train_steps: int) -> dict[str, float]:
                             raise SystemExit(f"{arm} failed with exit code {process.exitcode}:\n{log}")
                         if process.exitcode == 0:
                             seconds.setdefault(arm, time.perf_counter() - began)
+                bar.update(total - bar.n)  # the last rows may lie between two log points
         for process in processes.values():
             process.join()
     finally:
@@ -214,6 +220,8 @@ def main(argv: list[str] | None = None) -> None:
     )
     arguments = parser.parse_args(argv)
     output_dir, began = arguments.output_dir, time.perf_counter()
+    if output_dir.exists() and not (output_dir / "flow_matching").is_dir():
+        raise SystemExit(f"{output_dir} exists and is no earlier demo: choose another --output_dir")
     shutil.rmtree(output_dir, ignore_errors=True)
 
     seconds = run_both(output_dir, arguments.max_train_steps)

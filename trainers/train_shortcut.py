@@ -5,8 +5,7 @@
     ... --resume_from_checkpoint latest            continue where it stopped
     ... --objective.name flow_matching             a baseline on the same network, data and budget
 
-Top to bottom: what can be set, the loss of one micro-batch, validation, the loop. The mathematics is in
-trainers/objectives, network and sampling in pipelines/shortcut, the mechanics in trainers/common.
+Top to bottom: what can be set, the loss of one micro-batch, validation, the loop. See also trainers/objectives.
 """
 
 from __future__ import annotations
@@ -55,7 +54,7 @@ class DataConfig(Section):
     horizontal_flip: bool = False
     """Mirror half of the samples."""
     image_column: str = "image"
-    label_column: str = "label"
+    label_column: str | None = "label"
     max_bad_fraction: float = Field(0.01, ge=0, lt=1)
     """Stop when more than this share of the images cannot be read; up to it they are listed and replaced."""
     vae: str | None = None
@@ -80,15 +79,19 @@ class Config(RunConfig):
 
     @model_validator(mode="after")
     def _check(self) -> Config:
-        if self.model.official and self.model.use_shortcut and self.objective.smallest_step != "lattice":
+        name, shortcuts = self.objective.name, self.model.use_shortcut
+        distils = name in ("progressive", "consistency", "consistency_distillation")
+        if self.model.official and shortcuts and self.objective.smallest_step != "lattice":
             raise ValueError("`model.official` embeds log2 of the step size: set objective.smallest_step to lattice")
-        if self.objective.name == "shortcut" and not self.model.use_shortcut:
-            raise ValueError("`model.use_shortcut` is false, but a shortcut model has to know its step size")
-        needs_ema = self.objective.name in ("progressive", "consistency", "consistency_distillation")
-        if (needs_ema or (self.objective.name, self.objective.teacher) == ("shortcut", "ema")) and (
-            not self.training.use_ema
-        ):
-            raise ValueError(f"`training.use_ema` is false, but {self.objective.name} learns from the EMA")
+        if name in ("shortcut", "live_reflow") and not shortcuts:
+            raise ValueError(f"`model.use_shortcut` is false, but a {name} model has to know its step size")
+        if distils and shortcuts:
+            raise ValueError(f"`model.use_shortcut` must be false: {name} trains no step sizes")
+        if name in ("shortcut", "live_reflow") and self.training.train_batch_size < 2:
+            raise ValueError(f"`training.train_batch_size` must be at least 2: {name} needs rows of two kinds")
+        learns_from_ema = distils or (name == "shortcut" and self.objective.teacher == "ema")
+        if learns_from_ema and not self.training.use_ema:
+            raise ValueError(f"`training.use_ema` is false, but {name} learns from the EMA")
         if (self.data.dataset_name == "latents") != (self.data.vae is not None):
             raise ValueError("`data.vae` names the VAE of a latents dataset; give both or neither")
         if self.data.dataset_name in ("imagefolder", "hub", "latents") and self.data.path is None:
@@ -96,21 +99,25 @@ class Config(RunConfig):
         return self
 
 
-def compute_loss(run: common.TrainingRun, batch: dict, config: Config, teacher=None):
-    """The loss of one micro-batch: {latents or pixel_values (B, C, H, W), class_labels (B,)} -> (scalar, metrics)."""
+def compute_loss(run: common.TrainingRun, batch: dict, config: Config, teacher=None, model=None):
+    """The loss of one micro-batch: {latents or pixel_values (B, C, H, W), class_labels (B,)} -> (scalar, metrics).
+
+    `model` takes the place of the network in training (validation measures the EMA).
+    """
     data, labels = batch.get("latents", batch.get("pixel_values")), batch["class_labels"]
     conditions = {"class_labels": labels}
     null = {"class_labels": torch.full_like(labels, run.network.config.num_classes)}
-    network, online, ema = (as_network(model) for model in (run.model, run.network, run.ema))
-    objective = config.objective
+    network = as_network(run.model if model is None else model)
+    online, ema = as_network(run.network), as_network(run.ema)
+    objective, distillation = config.objective, objectives.distillation
     if objective.name == "shortcut":
-        draws = objectives.shortcut.draw(data, objective)
+        draws = objectives.shortcut.draw(data, objective, *run.micro_batch)
         half_steps = ema if objective.teacher == "ema" else online
         return objectives.shortcut.shortcut_loss(network, half_steps, data, conditions, null, draws, objective)
 
     noise, t = torch.randn_like(data), torch.rand(len(data), device=data.device)
     step, last_step = run.step, config.training.max_train_steps
-    if objective.name in ("flow_matching", "live_reflow"):
+    if objective.name in ("flow_matching", "live_reflow") or objective.condition_dropout_prob == 1:
         drop = torch.rand(len(data), device=data.device) < objective.condition_dropout_prob
         conditions = objectives.rectified_flow.where_rows(drop, null, conditions)
     match objective.name:
@@ -122,20 +129,18 @@ def compute_loss(run: common.TrainingRun, batch: dict, config: Config, teacher=N
             rows = objectives.shortcut.count_bootstrap_rows(len(data), objective)
             return objectives.reflow.live_reflow_loss(network, noise, data, t, conditions, null, rows, objective)
         case "progressive":
-            phase = objectives.distillation.phase(step, last_step, objective)
-            t = objectives.distillation.lattice_times(len(data), 2 ** (objective.levels - phase - 1), data.device)
-            return objectives.distillation.progressive_loss(
+            sections = 2 ** (objective.levels - distillation.phase(step, last_step, objective) - 1)
+            t = distillation.lattice_times(len(data), sections, data.device)
+            return distillation.progressive_loss(
                 network, as_network(teacher), noise, data, t, conditions, null, step, last_step, objective
             )
         case "consistency":
-            sections = 2 ** objectives.distillation.phase(step, last_step, objective)
+            sections = 2 ** distillation.phase(step, last_step, objective)
         case "consistency_distillation":
             sections = objective.denoise_timesteps
-    t = objectives.distillation.lattice_times(len(data), sections, data.device)
-    return objectives.distillation.consistency_loss(
-        network, ema, noise, data, t, torch.full_like(t, 1 / sections), conditions, objective,
-        teacher=as_network(teacher) if objective.name == "consistency_distillation" else None,
-    )  # fmt: skip
+    t = distillation.lattice_times(len(data), sections, data.device)
+    gap, path = torch.full_like(t, 1 / sections), as_network(teacher) if teacher is not None else None
+    return distillation.consistency_loss(network, ema, noise, data, t, gap, conditions, objective, path)
 
 
 def as_network(model):
@@ -143,28 +148,20 @@ def as_network(model):
     return lambda sample, t, step_size, conditions: model(sample, t, step_size, **conditions).sample
 
 
-def validate(model, run: common.TrainingRun, config: Config, pipeline, held_out: dict):
-    """Held-out loss, by part, and rows of samples of different step counts: same noise and classes every time."""
-    generator = torch.Generator().manual_seed(config.training.seed)
+def validate(model, run: common.TrainingRun, config: Config, pipeline, held_out: dict, teacher=None):
+    """Held-out loss and rows of samples of different step counts: same noise and classes every time."""
     columns, classes = config.validation.num_images_per_row, model.config.num_classes
     labels = [i % classes for i in range(columns)] if config.objective.condition_dropout_prob < 1 else [None] * columns
-    shape = (columns, model.config.in_channels, model.config.sample_size, model.config.sample_size)
-    latents = torch.randn(shape, generator=generator)
-    rows, names = [], []
     pipeline.set_progress_bar_config(disable=True)
+    rows, names = [], []
     for steps in config.validation.num_inference_steps:
-        rows.append(pipeline(labels, num_inference_steps=steps, latents=latents).images)
+        generator = torch.Generator().manual_seed(config.training.seed)
+        rows.append(pipeline(labels, num_inference_steps=steps, generator=generator).images)
         names.append(f"{steps} step" + "s" * (steps > 1))
 
     torch.manual_seed(config.training.seed)
-    data = held_out.get("latents", held_out.get("pixel_values")).to(run.accelerator.device)
-    conditions = {"class_labels": held_out["class_labels"].to(data.device)}
-    draws = objectives.shortcut.draw(data, config.objective)
-    network = as_network(model)
-    _, metrics = objectives.shortcut.shortcut_loss(
-        network, network, data, conditions, conditions, draws, config.objective
-    )
-    scalars = {name: float(value) for name, value in metrics.items()}
+    batch = {name: values.to(run.accelerator.device) for name, values in held_out.items()}
+    scalars = {name: float(value) for name, value in compute_loss(run, batch, config, teacher, model)[1].items()}
     if scalars.get("flow_target_outside_clip", 0) > 0.01:
         logger.warning("over 1 % of the flow targets exceed objective.target_clip: the data's range does not fit it")
     return scalars, {"samples": pipelines.image_grid(rows, names, cell=64)}
@@ -181,6 +178,11 @@ def create_pipeline(transformer, config: Config):
         dyadic_only=config.model.official and config.model.use_shortcut,
         method="consistency" if objective.name.startswith("consistency") else "euler",
     )
+    try:
+        for steps in config.validation.num_inference_steps:
+            scheduler.set_timesteps(steps)
+    except ValueError as error:
+        raise SystemExit(f"validation.num_inference_steps: {error}") from error
     vae = pipelines.load_vae(config.data.vae).to(transformer.device) if config.data.vae else None
     return shortcut.ShortcutPipeline(transformer, scheduler, vae)
 
@@ -202,46 +204,45 @@ def open_split(config: Config, split: str):
 
 def main(argv: list[str] | None = None) -> None:
     config = load_config(Config, argv)
+    objective, steps = config.objective, config.training.max_train_steps
     accelerator = common.create_accelerator(config)
     dataset, held_out = open_split(config, "train"), open_split(config, "validation")
-    held_out = torch.utils.data.default_collate(
-        [held_out[common.SampleKey(i)] for i in range(min(config.validation.num_samples, len(held_out)))]
-    )
+    count = min(config.validation.num_samples, len(held_out))  # spread out: folders list one class after another
+    rows = [common.SampleKey(i * len(held_out) // count) for i in range(count)]
+    held_out = torch.utils.data.default_collate([held_out[row] for row in rows])
     sample = held_out.get("latents", held_out.get("pixel_values"))
-    overrides = config.model.model_dump(include={"hidden_size", "num_layers", "patch_size"}, exclude_none=True)
     torch.manual_seed(config.training.seed)
     transformer = shortcut.ShortcutDiT.from_size(
         config.model.size,
         sample_size=sample.shape[-1],
         in_channels=sample.shape[1],
         num_classes=dataset.num_classes or 1,
-        use_shortcut=config.model.use_shortcut,
-        dropout=config.model.dropout,
-        **overrides,
+        **config.model.model_dump(exclude={"size", "official"}, exclude_none=True),
         **(shortcut.OFFICIAL if config.model.official else {}),
     )
     teacher = None
-    if config.objective.teacher_model:
-        teacher = shortcut.ShortcutDiT.from_pretrained(config.objective.teacher_model, subfolder="transformer")
-        teacher.requires_grad_(False)
-        transformer.load_state_dict(teacher.state_dict())
+    if objective.teacher_model:
+        teacher = shortcut.ShortcutDiT.from_pretrained(objective.teacher_model, subfolder="transformer")
+        if teacher.config.use_shortcut:
+            raise SystemExit("objective.teacher_model knows step sizes: train it with model.use_shortcut false")
+        transformer.load_state_dict(teacher.requires_grad_(False).state_dict())
     modules = {"teacher": teacher} if teacher is not None else None
     run = common.TrainingRun(accelerator, config, model=transformer, dataset=dataset, modules=modules)
     run.resume()
-    if config.objective.name == "shortcut":
-        rows = objectives.shortcut.count_bootstrap_rows(config.training.train_batch_size, config.objective)
-        logger.info("each micro-batch of %d rows bootstraps %d", config.training.train_batch_size, rows)
+    progressive = objective.name == "progressive"
+    if progressive and run.resumed_plan not in (None, steps):
+        raise SystemExit(f"a progressive run cannot be extended: it was laid out for {run.resumed_plan} updates")
+    if objective.name == "shortcut":
+        logger.info(objectives.shortcut.describe(config.training.train_batch_size, run.micro_batch[1], objective))
     pipeline = create_pipeline(run.inference_model, config)
     for batch in run.batches():
-        if config.objective.name == "progressive" and objectives.distillation.starts_phase(
-            run.step, config.training.max_train_steps, config.objective
-        ):
+        if progressive and objectives.distillation.starts_phase(run.step, steps, objective):
             teacher.load_state_dict(run.ema.model.state_dict())
         with run.accumulate():
             loss, metrics = compute_loss(run, batch, config, teacher)
             run.update(loss, metrics)
         if run.is_due(config.validation.validation_steps):
-            run.validate(lambda model: validate(model, run, config, pipeline, held_out))
+            run.validate(lambda model: validate(model, run, config, pipeline, held_out, teacher))
     run.finish(pipeline)
 
 

@@ -144,3 +144,53 @@ def test_the_loss_curve_is_the_one_we_know(tmp_path):
     runs.train(tmp_path / "run", max_train_steps=4, logging_steps=1)
     losses = [row["loss"] for row in runs.rows_of(tmp_path / "run")]
     assert losses == pytest.approx([1.297118, 1.208150, 1.385682, 1.213734], rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "name", ["flow_matching", "live_reflow", "consistency", "consistency_distillation", "progressive"]
+)
+def test_every_baseline_trains_validates_and_samples(tmp_path, name):
+    others = ["--validation.validation_steps=4", f"--objective.name={name}", "--objective.denoise_timesteps=4"]
+    if name in ("consistency", "consistency_distillation", "progressive"):
+        others.append("--model.use_shortcut=false")
+    if name in ("consistency_distillation", "progressive"):
+        flow = ["--objective.name=flow_matching", "--model.use_shortcut=false"]
+        runs.train(tmp_path / "teacher", *flow, max_train_steps=2)
+        others.append(f"--objective.teacher_model={tmp_path / 'teacher'}")
+    runs.train(tmp_path / "run", *others, max_train_steps=8, checkpointing_steps=4, checkpoints_total_limit=None)
+    rows = runs.rows_of(tmp_path / "run")
+    assert [row["step"] for row in rows if any(key.startswith("validation/") for key in row)] == [4, 8]
+    # ... and in the middle, where a progressive teacher changes, it resumes exactly
+    shutil.copytree(tmp_path / "run", tmp_path / "resumed")
+    shutil.rmtree(tmp_path / "resumed" / "checkpoint-8")
+    runs.train(tmp_path / "resumed", *others, max_train_steps=8, resume_from_checkpoint="latest")
+    ends = [runs.tensors_of(tmp_path / folder / "checkpoint-8") for folder in ("run", "resumed")]
+    assert runs.differing(*ends) == []
+    images = ShortcutPipeline.from_pretrained(tmp_path / "run")([3, 7], num_inference_steps=2).images
+    assert len(images) == 2
+
+
+@pytest.mark.parametrize(
+    ("others", "message"),
+    [
+        (["--objective.name=consistency"], "`model.use_shortcut` must be false: consistency trains no step sizes"),
+        (["--model.use_shortcut=false"], "a shortcut model has to know its step size"),
+        (["--training.train_batch_size=1"], "`training.train_batch_size` must be at least 2"),
+        (["--training.use_ema=false"], "`training.use_ema` is false, but shortcut learns from the EMA"),
+        (["--model.official=true"], "set objective.smallest_step to lattice"),
+        (["--data.dataset_name=imagefolder"], "`data.path` is required for imagefolder"),
+        (["--data.dataset_name=latents", "--data.path=x"], "`data.vae` names the VAE of a latents dataset"),
+    ],
+)
+def test_settings_that_do_not_fit_together_are_refused(tmp_path, capsys, others, message):
+    with pytest.raises(SystemExit) as exit_:
+        runs.train(tmp_path / "run", *others)
+    assert exit_.value.code == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_validation_steps_the_network_cannot_make_are_refused_at_the_start(tmp_path):
+    others = ["--objective.preset=official", "--model.official=true", "--validation.num_inference_steps=[3]"]
+    with pytest.raises(SystemExit, match=r"validation.num_inference_steps: this network was trained on steps of 2\^-k"):
+        runs.train(tmp_path / "run", *others)

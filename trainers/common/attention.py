@@ -9,24 +9,23 @@ from trainers.common.config import EXIT_CONFIG, TrainingConfig
 from trainers.common.run_dir import leave
 
 
-def configure_network(model: ModelMixin, config: TrainingConfig) -> ModelMixin:
-    """Attention backend (tried out) and gradient checkpointing."""
+def configure_network(model: ModelMixin, config: TrainingConfig, dtype: torch.dtype) -> ModelMixin:
+    """Attention backend (tried out in `dtype`) and gradient checkpointing."""
     if config.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     if config.attention_backend != "native":
         try:
             model.set_attention_backend(config.attention_backend)
-            try_attention(config.attention_backend, next(model.parameters()).device)
+            try_attention(config.attention_backend, next(model.parameters()).device, dtype)
         except (ValueError, RuntimeError, ImportError, NotImplementedError) as error:
             reason = str(error).partition("\n")[0] or type(error).__name__
             raise leave(EXIT_CONFIG, f"attention_backend {config.attention_backend} does not work: {reason}") from error
     return model
 
 
-def try_attention(backend: str, device: torch.device) -> None:
+def try_attention(backend: str, device: torch.device, dtype: torch.dtype) -> None:
     """One small forward and backward: several backends can be chosen where they cannot run."""
     from diffusers.models.attention_dispatch import AttentionBackendName, dispatch_attention_fn
 
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     query = torch.randn(1, 64, 2, 64, device=device, dtype=dtype, requires_grad=True)
     dispatch_attention_fn(query, query, query, backend=AttentionBackendName(backend)).sum().backward()

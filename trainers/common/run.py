@@ -92,6 +92,7 @@ class TrainingRun:
         model: the prepared network, to compute losses with. network: the same, bare.
         ema: callable average of the weights (None without `use_ema`).
         step: updates done. consumed_samples: samples they took, over all processes.
+        resumed_plan: `max_train_steps` when the checkpoint was written that the run resumed from.
     """
 
     def __init__(
@@ -109,6 +110,7 @@ class TrainingRun:
         self.dataset = dataset
         self.order = DataOrder(len(dataset), self.training.seed)
         self.step = self.consumed_samples = 0
+        self.resumed_plan: int | None = None
         self._lock = lock(self.run_dir) if accelerator.is_main_process else None
         self._micro_step, self._nonfinite = 0, 0
         self._saved: set[Path] = set()
@@ -116,7 +118,8 @@ class TrainingRun:
         self._tracking: Tracking | None = None
         self._progress: tqdm | None = None
 
-        self.network = configure_network(model.to(accelerator.device), self.training)
+        dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
+        self.network = configure_network(model.to(accelerator.device), self.training, dtype)
         self.ema = None
         self._state_modules = {name: module.to(accelerator.device) for name, module in (modules or {}).items()}
         if self.training.use_ema:
@@ -140,6 +143,13 @@ class TrainingRun:
     def samples_per_update(self) -> int:
         training = self.training
         return training.train_batch_size * training.gradient_accumulation_steps * self.accelerator.num_processes
+
+    @property
+    def micro_batch(self) -> tuple[int, int]:
+        """Which of the update's micro-batches this process is at, and how many all processes together have."""
+        processes = self.accelerator.num_processes
+        part = self._micro_step * processes + self.accelerator.process_index
+        return part, self.training.gradient_accumulation_steps * processes
 
     @property
     def inference_model(self) -> ModelMixin:
@@ -199,6 +209,7 @@ class TrainingRun:
             load_model(module, checkpoint / f"{name}.safetensors", device=str(self.accelerator.device))
         self.step, self.consumed_samples = state["step"], state["consumed_samples"]
         set_schedule_step(self.lr_scheduler, self.step)
+        self.resumed_plan = state["max_train_steps"]
         self._meter.load(state["meter"])
         if checkpoint.resolve().parent == self.run_dir.resolve():  # however its path was written
             self._resumed_from = self.run_dir / checkpoint.name
@@ -340,6 +351,7 @@ class TrainingRun:
                 save_model(module, str(temporary / f"{name}.safetensors"))
             state = {"step": self.step, "consumed_samples": self.consumed_samples, "meter": meter}
             state |= {"seed": self.order.seed, "num_samples": self.order.num_samples}
+            state |= {"max_train_steps": self.training.max_train_steps}
             write_json(temporary / "run_state.json", state)
         self.accelerator.wait_for_everyone()
         self._saved.add(final)
@@ -368,7 +380,7 @@ class TrainingRun:
             was_training = model.training
             with torch.random.fork_rng(devices if devices[0].type == "cuda" else []), torch.no_grad():
                 try:
-                    with self.stop.interruptible():
+                    with self.stop.interruptible(), self.accelerator.autocast():
                         scalars, pictures = function(model.eval())
                     self._tracking.log(self.step, {f"validation/{k}": v for k, v in scalars.items()}, pictures)
                 except torch.OutOfMemoryError as error:

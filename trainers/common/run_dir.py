@@ -21,8 +21,11 @@ PACKAGES = ("torch", "accelerate", "diffusers", "transformers", "safetensors", "
 
 
 def refuse_to_overwrite(run_dir: Path, resume: str | None) -> None:
-    """Stop before a run that was not told to resume meets another run's checkpoints."""
-    if resume is None and list_checkpoints(run_dir):
+    """Stop before a run meets checkpoints in its folder that it was not told to continue."""
+    continues = resume in ("latest", "auto") or (
+        resume is not None and Path(resume).resolve().parent == run_dir.resolve()
+    )
+    if not continues and list_checkpoints(run_dir):
         raise leave(
             EXIT_CONFIG,
             f"{run_dir} holds checkpoints: add --resume_from_checkpoint latest, or choose another --output_dir",

@@ -83,8 +83,9 @@ class ObjectiveConfig(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _fill_from_preset(cls, values: dict) -> dict:
-        return {**PRESETS.get(values.get("preset"), {}), **values}
+    def _fill_from_preset(cls, values: object) -> object:
+        preset = values.get("preset") if isinstance(values, dict) else None
+        return {**PRESETS[preset], **values} if isinstance(preset, str) and preset in PRESETS else values
 
     @model_validator(mode="after")
     def _check(self) -> ObjectiveConfig:

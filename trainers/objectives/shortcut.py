@@ -48,15 +48,19 @@ class Draws:
     guidable: list[int]  # bootstrap rows whose half steps can be small enough to be guided
 
 
-def draw(data: Sample, config: ObjectiveConfig) -> Draws:
-    """Draw noise, times, step sizes and dropped conditions for the samples `data` (B, ...)."""
+def draw(data: Sample, config: ObjectiveConfig, part: int = 0, num_parts: int = 1) -> Draws:
+    """Draw noise, times, step sizes and dropped conditions for the samples `data` (B, ...).
+
+    An update may be made of several micro-batches; this is number `part` of `num_parts`. Fixed shares of the levels are
+    dealt out over all of them: one micro-batch may be too small to hold every level.
+    """
     first = leaves(data)[0]
     batch, device = first.shape[0], first.device
     num_bootstrap = count_bootstrap_rows(batch, config)
     num_dyadic = math.ceil(num_bootstrap * config.dyadic_fraction)
     num_continuous = num_bootstrap - num_dyadic
 
-    dyadic_t, dyadic_d = draw_dyadic(num_dyadic, config, device)
+    dyadic_t, dyadic_d = draw_dyadic(num_dyadic, config, device, part, num_parts)
     continuous_t, continuous_d = draw_continuous(num_continuous, config, device)
     flow_t = torch.rand(batch - num_bootstrap, device=device)
     if config.flow_times == "lattice":
@@ -69,7 +73,10 @@ def draw(data: Sample, config: ObjectiveConfig) -> Draws:
     if config.flow_samples == "reuse":
         rows[num_bootstrap:] -= num_bootstrap
 
-    smallest_dyadic = dyadic_level_counts(num_dyadic, config)[-1] if num_dyadic else 0
+    if spreads(config):
+        smallest_dyadic = -(-num_dyadic // config.levels)
+    else:
+        smallest_dyadic = len(range(part, dyadic_level_counts(num_dyadic * num_parts, config)[-1], num_parts))
     # log-uniform steps come sorted, at most this many of them below 2/M
     smallest_continuous = num_continuous // config.levels + 1 if config.continuous_sampler == "log_uniform" else batch
     return Draws(
@@ -93,11 +100,27 @@ def count_bootstrap_rows(batch: int, config: ObjectiveConfig) -> int:
     return min(max(int(batch * config.bootstrap_fraction), 1), batch - 1)
 
 
+def describe(batch: int, num_parts: int, config: ObjectiveConfig) -> str:
+    """One line on what an update of `num_parts` micro-batches of `batch` rows bootstraps."""
+    bootstrap = count_bootstrap_rows(batch, config)
+    dyadic = math.ceil(bootstrap * config.dyadic_fraction)
+    text = f"each micro-batch of {batch} rows bootstraps {bootstrap}, {dyadic} of them on the lattice"
+    if dyadic and not spreads(config):
+        counts = dyadic_level_counts(dyadic * num_parts, config)
+        text += f"; rows per update with d = 1, 1/2, 1/4, ...: {counts}"
+        if 0 in counts:
+            text += ". A step size without rows is NEVER TRAINED: enlarge the batch or set level_remainder to spread"
+    return text
+
+
+def spreads(config: ObjectiveConfig) -> bool:
+    """Whether levels take turns; otherwise every update has `dyadic_level_counts`."""
+    return config.level_remainder == "spread" and not config.bootstrap_dt_bias
+
+
 def dyadic_level_counts(num_rows: int, config: ObjectiveConfig) -> list[int]:
-    """Upper bound of the rows on each level 0 (d = 1) ... L-1 (d = 2/M); exact where the remainder is not spread."""
+    """Rows on each level 0 (d = 1) ... L-1 (d = 2/M) among the `num_rows` dyadic rows of an update."""
     levels = config.levels
-    if config.level_remainder == "spread" and not config.bootstrap_dt_bias:
-        return [-(-num_rows // levels)] * levels
     if config.bootstrap_dt_bias and levels > 2:
         each, quarter = num_rows // 2 // levels, num_rows // 4
         counts = [quarter, quarter] + [each] * (levels - 2)
@@ -107,18 +130,21 @@ def dyadic_level_counts(num_rows: int, config: ObjectiveConfig) -> list[int]:
     return counts
 
 
-def draw_dyadic(num_rows: int, config: ObjectiveConfig, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(t, d) with d = 2^-k and t a multiple of d below 1; smallest steps first, the last row is the one-step row."""
+def draw_dyadic(
+    num_rows: int, config: ObjectiveConfig, device: torch.device, part: int = 0, num_parts: int = 1
+) -> tuple[Tensor, Tensor]:
+    """(t, d) with d = 2^-k and t a multiple of d below 1; smallest steps first."""
     levels = config.levels
-    if config.level_remainder == "spread" and not config.bootstrap_dt_bias:
+    if spreads(config):
         # In turn from a random start: balanced within one row per batch, and exactly balanced on average.
         start = torch.randint(levels, (1,), device=device)
         level = ((torch.arange(num_rows, device=device) + start) % levels).sort(descending=True).values
-        if 0 < num_rows < levels:
-            level[-1] = 0
+        if 1 < num_rows < levels:
+            level[-1] = 0  # the step that one-step sampling makes is never left out
     else:
-        counts = torch.tensor(dyadic_level_counts(num_rows, config)[::-1])
-        level = torch.arange(levels - 1, -1, -1).repeat_interleave(counts).to(device, non_blocking=True)
+        counts = torch.tensor(dyadic_level_counts(num_rows * num_parts, config)[::-1])
+        level = torch.arange(levels - 1, -1, -1).repeat_interleave(counts)[part::num_parts]
+        level = level.to(device, non_blocking=True)
     sections = torch.exp2(level.float())
     return torch.floor(torch.rand(num_rows, device=device) * sections) / sections, 1 / sections
 
@@ -195,7 +221,7 @@ def shortcut_loss(
     bootstrap_target = bootstrap_targets(
         teacher, take(noisy, boot), draws, take(conditions, boot), take(null_conditions, boot), config
     )
-    target = concatenate(bootstrap_target, tree_map(lambda f, b: f.to(b.dtype), flow_target, bootstrap_target))
+    target = concatenate(tree_map(lambda b, f: b.to(f.dtype), bootstrap_target, flow_target), flow_target)
 
     prediction = network(noisy, draws.t, draws.step_size, conditions)
     errors = squared_error(prediction, target)
