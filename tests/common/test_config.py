@@ -43,7 +43,7 @@ def yaml_file(tmp_path: Path, text: str, name: str = "config.yaml") -> str:
 
 
 def test_yaml_reads_1e_4_as_text_and_typing_heals_it(tmp_path):
-    text = "training: {output_dir: o, max_train_steps: 1, train_batch_size: 1, learning_rate: 1e-4}"
+    text = "training: {output_dir: o, max_train_steps: 1, train_batch_size: 2, learning_rate: 1e-4}"
     assert yaml.safe_load(text)["training"]["learning_rate"] == "1e-4"
     assert load_config(Config, ["--config", yaml_file(tmp_path, text)]).training.learning_rate == 1e-4
 

@@ -83,8 +83,13 @@ def test_running_out_of_memory_does_not_end_the_command(tmp_path, monkeypatch, c
 class Frozen:
     """The parts of a run that `validate` reads."""
 
+    step, micro_batch = 0, (0, 1)
+
     class accelerator:  # noqa: N801
         device = torch.device("cpu")
+
+    def __init__(self, network):
+        self.network = self.model = self.ema = network
 
 
 def test_pictures_and_loss_come_from_the_same_noise_every_time(tmp_path):
@@ -100,7 +105,7 @@ def test_pictures_and_loss_come_from_the_same_noise_every_time(tmp_path):
         torch.manual_seed(seed)  # whatever training did in between
         pipeline = train_shortcut.create_pipeline(network, config)
         with torch.no_grad():
-            results.append(train_shortcut.validate(network, Frozen, config, pipeline, held_out))
+            results.append(train_shortcut.validate(network, Frozen(network), config, pipeline, held_out))
     (scalars, pictures), (scalars_again, pictures_again) = results
     assert scalars == scalars_again
     assert np.array_equal(pictures["samples"], pictures_again["samples"])
