@@ -64,7 +64,7 @@ class TrainingConfig(Section):
     adam_epsilon: float = Field(1e-8, gt=0)
     adam_weight_decay: float = Field(0.01, ge=0)
     decay_all_parameters: bool = False
-    """Decay biases, norms and embeddings too (the shortcut paper's code does)."""
+    """Decay biases, norms and embeddings too."""
     use_8bit_adam: bool = False
     """AdamW with 8-bit state (bitsandbytes; pip install 'backlot[gpu]')."""
     max_grad_norm: float | None = Field(1.0, gt=0)

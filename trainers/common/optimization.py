@@ -45,7 +45,7 @@ def create_optimizer(model: nn.Module, config: TrainingConfig) -> Optimizer:
 def create_lr_scheduler(optimizer: Optimizer, config: TrainingConfig) -> LambdaLR:
     """The schedule, counted in updates: stepped once per update whatever the number of processes."""
     if config.lr_scheduler == "inverse_sqrt":
-        # the schedule of the continuous-step shortcut recipe
+        # warms up and decays without knowing how long the run will be
         return LambdaLR(optimizer, lambda step: (1 - 0.999 ** (step + 1)) * (1 + step / 200_000) ** -0.5)
     if config.lr_scheduler == "warmup_stable_decay":
         return get_wsd_schedule(
