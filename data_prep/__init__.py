@@ -4,5 +4,11 @@ import lazy_loader
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
-    submod_attrs={"images": ["DataQualityError", "open_images"], "latents": ["LatentDataset", "vae_fingerprint"]},
+    submod_attrs={
+        "images": ["DataQualityError", "open_images"],
+        "latents": ["LatentDataset", "vae_fingerprint"],
+        "encode_shadows": ["latents_folder", "open_latents"],
+        "shadow_latents": ["ShadowLatents"],
+        "shadows": ["ShadowDataset"],
+    },
 )

@@ -12,9 +12,10 @@ from __future__ import annotations
 import argparse
 import hashlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from diffusers import AutoencoderKL
@@ -34,6 +35,7 @@ from data_prep.latents import (
     tensor_bytes,
     vae_fingerprint,
 )
+from pipelines.codecs import PixelCodec, load_vae, vae_scale_factor
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # In the order in which a difference is reported.
@@ -47,7 +49,19 @@ SETTINGS = {
     "shard_size": "another --shard_size",
     "num_samples": "another number of images",
     "num_classes": "another number of classes",
+    "dataset_fingerprint": "other data",
 }
+
+
+class Recipe(NamedTuple):
+    """How a batch of samples becomes tensors of a shard: those of `encode`, and `kept` of the batch as they are.
+
+    `content` names the tensors of the batch that decide the result; a shard's hash of them shows whether they changed.
+    """
+
+    encode: Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
+    content: tuple[str, ...]
+    kept: tuple[str, ...]
 
 
 def encode_dataset(
@@ -85,15 +99,11 @@ def encode_dataset(
     Raises:
         ValueError: `output_dir` holds latents of something else, or the VAE cannot encode these pictures.
     """
-    for name, value in {"batch_size": batch_size, "shard_size": shard_size}.items():
-        if value < 1:
-            raise ValueError(f"`{name}` must be at least 1, got {value}")
-    vae = AutoencoderKL.from_pretrained(vae_folder, torch_dtype=torch.float32, local_files_only=True)
-    vae = vae.to(device).requires_grad_(False)
+    fingerprint, vae = vae_fingerprint(vae_folder), open_vae(vae_folder, device)
     first = dataset[0]["pixel_values"]
     check_fit(vae, first)
     wanted = Manifest(
-        vae_fingerprint=vae_fingerprint(vae_folder),
+        vae_fingerprint=fingerprint,
         scaling_factor=vae.config.scaling_factor,
         shift_factor=vae.config.shift_factor,
         dataset_name=dataset_name,
@@ -107,16 +117,59 @@ def encode_dataset(
         flip=flip,
         shard_size=shard_size,
     )
-    folder = Path(output_dir)
-    shards = prepare_folder(folder, wanted, overwrite)
 
+    def encode(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        tensors = posterior(vae, batch["pixel_values"], mean_only)
+        if flip:
+            mirrored = posterior(vae, batch["pixel_values"].flip(-1), mean_only)
+            tensors |= {f"{name}_flipped": tensor for name, tensor in mirrored.items()}
+        return tensors
+
+    recipe = Recipe(encode, content=("pixel_values", "class_labels"), kept=("class_labels",))
+    return write_cache(
+        Path(output_dir), wanted, dataset, recipe, batch_size, dataloader_num_workers, overwrite=overwrite
+    )
+
+
+def open_vae(vae_folder: str | Path, device: str | torch.device) -> AutoencoderKL | PixelCodec:
+    """The frozen VAE (or the codec that stands in for one), in float32."""
+    return load_vae(str(local_vae_folder(vae_folder))).to(device, torch.float32).requires_grad_(False)
+
+
+def write_cache(
+    folder: Path,
+    wanted: Manifest,
+    dataset: Dataset,
+    recipe: Recipe,
+    batch_size: int,
+    num_workers: int,
+    *,
+    overwrite: bool,
+    verify: bool = False,
+) -> Manifest:
+    """Write the cache that `wanted` describes, or complete what an earlier call began in `folder`.
+
+    A complete cache of a data set with the same `dataset_fingerprint` is left as it is, unless `verify` asks for all
+    samples to be read and all shards to be hashed.
+
+    Raises:
+        ValueError: `folder` holds latents of something else, or a result is not finite in the stored type.
+    """
+    for name, value in {"batch_size": batch_size, "shard_size": wanted.shard_size}.items():
+        if value < 1:
+            raise ValueError(f"`{name}` must be at least 1, got {value}")
+    shards = prepare_folder(folder, wanted, overwrite)
+    written = sum(shard.count for shard in shards.values() if is_intact(folder, shard, content=False))
+    if wanted.dataset_fingerprint is not None and written == len(dataset) and not verify:
+        return read_manifest(folder)
+    shard_size = wanted.shard_size
     starts = range(0, len(dataset), shard_size)
     batches = [
         range(row, min(row + batch_size, start + shard_size, len(dataset)))
         for start in starts
         for row in range(start, min(start + shard_size, len(dataset)), batch_size)
     ]
-    loader = iter(DataLoader(dataset, batch_sampler=batches, num_workers=dataloader_num_workers))
+    loader = iter(DataLoader(dataset, batch_sampler=batches, num_workers=num_workers))
     with tqdm(total=len(dataset), desc="encode", unit="image") as progress:
         for number, start in enumerate(starts):
             rows = range(start, min(start + shard_size, len(dataset)))
@@ -125,10 +178,10 @@ def encode_dataset(
             if known is not None and is_intact(folder, known):
                 content = hashlib.sha256()
                 for batch in shard_batches:
-                    update_content(content, batch)
+                    update_content(content, batch, recipe.content)
                 check_content(folder, known, content.hexdigest())
                 continue
-            tensors, content_sha256 = encode_shard(vae, shard_batches, rows, mean_only, flip, DTYPES[dtype])
+            tensors, content_sha256 = encode_shard(recipe, shard_batches, rows, DTYPES[wanted.dtype])
             if known is not None:
                 check_content(folder, known, content_sha256)
             shards[number] = write_shard(folder / shard_name(number), tensors, content_sha256)
@@ -136,17 +189,17 @@ def encode_dataset(
     return read_manifest(folder)
 
 
-def check_fit(vae: AutoencoderKL, pixel_values: torch.Tensor) -> None:
+def check_fit(vae: AutoencoderKL | PixelCodec, pixel_values: torch.Tensor) -> None:
     """ValueError if the VAE cannot encode such a picture (C, H, W), or scales its latents in an unknown way."""
     channels, height, width = pixel_values.shape
-    factor = 2 ** (len(vae.config.block_out_channels) - 1)
+    factor = vae_scale_factor(vae)
     if channels != vae.config.in_channels:
         raise ValueError(f"the VAE takes {vae.config.in_channels} channels, the images have {channels}")
     if height != width or height % factor:
         raise ValueError(
             f"the VAE wants square images with a side divisible by {factor}, got {height}x{width}: set --image_size"
         )
-    if vae.config.latents_mean is not None or vae.config.latents_std is not None:
+    if any(vae.config.get(name) is not None for name in ("latents_mean", "latents_std")):
         raise ValueError(
             "the VAE normalises each latent channel (`latents_mean`, `latents_std`); only one factor is supported"
         )
@@ -179,9 +232,9 @@ def stale(folder: Path, reason: str) -> ValueError:
     )
 
 
-def is_intact(folder: Path, shard: Shard) -> bool:
+def is_intact(folder: Path, shard: Shard, *, content: bool = True) -> bool:
     try:
-        check_shard(folder, shard, content=True)
+        check_shard(folder, shard, content=content)
     except ValueError:
         return False
     return True
@@ -197,51 +250,42 @@ def take(loader: Iterator[dict[str, torch.Tensor]], rows: range, progress: tqdm)
     remaining = len(rows)
     while remaining:
         batch = next(loader)
-        remaining -= len(batch["class_labels"])
+        count = len(next(iter(batch.values())))
+        remaining -= count
         yield batch
-        progress.update(len(batch["class_labels"]))
+        progress.update(count)
 
 
-def update_content(content: hashlib._Hash, batch: dict[str, torch.Tensor]) -> None:
+def update_content(content: hashlib._Hash, batch: dict[str, torch.Tensor], names: tuple[str, ...]) -> None:
     """Add a batch to the hash of a shard's content, sample by sample, so that the batch size does not matter."""
-    for pixel_values, class_label in zip(batch["pixel_values"], batch["class_labels"], strict=True):
-        content.update(tensor_bytes(pixel_values))
-        content.update(tensor_bytes(class_label))
+    for tensors in zip(*(batch[name] for name in names), strict=True):
+        for tensor in tensors:
+            content.update(tensor_bytes(tensor))
 
 
 def encode_shard(
-    vae: AutoencoderKL,
-    batches: Iterator[dict[str, torch.Tensor]],
-    rows: range,
-    mean_only: bool,
-    flip: bool,
-    dtype: torch.dtype,
+    recipe: Recipe, batches: Iterator[dict[str, torch.Tensor]], rows: range, dtype: torch.dtype
 ) -> tuple[dict[str, torch.Tensor], str]:
-    """Encode the batches of one shard. Returns its tensors and the sha256 of its pixels and labels."""
+    """Encode the batches of one shard. Returns its tensors and the sha256 of its content."""
     content = hashlib.sha256()
     parts: dict[str, list[torch.Tensor]] = {}
     for batch in batches:
-        update_content(content, batch)
-        pixel_values = batch["pixel_values"]
-        tensors = posterior(vae, pixel_values, mean_only)
-        if flip:
-            mirrored = posterior(vae, pixel_values.flip(-1), mean_only)
-            tensors |= {f"{name}_flipped": tensor for name, tensor in mirrored.items()}
+        update_content(content, batch, recipe.content)
         # Convolutions may answer in channels-last order, which safetensors does not store.
-        tensors = {name: tensor.to(dtype).cpu().contiguous() for name, tensor in tensors.items()}
+        tensors = {name: tensor.to(dtype).cpu().contiguous() for name, tensor in recipe.encode(batch).items()}
         for name, tensor in tensors.items():
             if not tensor.isfinite().all():
                 raise ValueError(
                     f"`{name}` of rows {rows.start}..{rows.stop - 1} is not finite as {dtype}: try --dtype float32"
                 )
-        for name, tensor in {**tensors, "class_labels": batch["class_labels"]}.items():
+        for name, tensor in {**tensors, **{name: batch[name] for name in recipe.kept}}.items():
             parts.setdefault(name, []).append(tensor)
     shard = {name: torch.cat(tensors) for name, tensors in parts.items()}
     return {**shard, "indices": torch.tensor(rows)}, content.hexdigest()
 
 
 @torch.inference_mode()
-def posterior(vae: AutoencoderKL, pixel_values: torch.Tensor, mean_only: bool) -> dict[str, torch.Tensor]:
+def posterior(vae: AutoencoderKL | PixelCodec, pixel_values: torch.Tensor, mean_only: bool) -> dict[str, torch.Tensor]:
     """`mean` and `std` (B, c, h, w) of the VAE's posterior, neither shifted nor scaled."""
     distribution = vae.encode(pixel_values.to(vae.device)).latent_dist
     return {"mean": distribution.mean} if mean_only else {"mean": distribution.mean, "std": distribution.std}

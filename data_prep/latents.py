@@ -1,6 +1,6 @@
-"""Reader of the latent caches that `data_prep.encode_latents` writes.
+"""Latent caches: what they are made of, and the reader of those that `data_prep.encode_latents` writes.
 
-A cache is a folder:
+A cache is a folder. That of a picture data set (others hold other tensors, see `data_prep/shadow_latents.py`):
 
     manifest.json               what the latents are of, and size, count and hashes of every shard
     shard-00000.safetensors     mean (N, C, h, w), std (the same), mean_flipped and std_flipped for the mirrored
@@ -18,7 +18,7 @@ import json
 import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Protocol, SupportsInt
+from typing import Protocol, SupportsInt, runtime_checkable
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -30,6 +30,7 @@ MAX_MANIFEST_BYTES = 64 * 2**20
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 
 
+@runtime_checkable
 class SampleKey(Protocol):
     """Names one sample of one epoch. `generator()` is seeded by that alone, not by who reads it or when."""
 
@@ -51,7 +52,10 @@ class Shard:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a cache holds. Shards are in order and hold `shard_size` samples each, the last one the rest."""
+    """What a cache holds. Shards are in order and hold `shard_size` samples each, the last one the rest.
+
+    `dataset_fingerprint` is for data sets that can tell cheaply whether they have changed.
+    """
 
     vae_fingerprint: str
     scaling_factor: float
@@ -67,6 +71,7 @@ class Manifest:
     flip: bool
     shard_size: int
     shards: list[Shard] = field(default_factory=list)
+    dataset_fingerprint: str | None = None
     format_version: int = FORMAT_VERSION
 
     @property
@@ -128,10 +133,10 @@ def file_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
-def check_shard(folder: str | Path, shard: Shard, *, content: bool) -> None:
+def check_shard(folder: str | Path, shard: Shard, *, content: bool, writer: str = "data_prep.encode_latents") -> None:
     """ValueError, one line, if a shard is missing or has another size or, with `content`, another sha256."""
     path = Path(folder) / shard.name
-    repair = "run data_prep.encode_latents again to repair it"
+    repair = f"run {writer} again to repair it"
     if not path.is_file():
         raise ValueError(f"{path} is missing: {repair}")
     if path.stat().st_size != shard.size:
@@ -189,8 +194,85 @@ def tensor_bytes(tensor: torch.Tensor) -> memoryview:
     return memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy())
 
 
-class LatentDataset(Dataset):
-    """A latent cache, memory-mapped. Items: `latents` (C, h, w) float32, scaled; `class_labels` int64 scalar.
+class LatentCache(Dataset):
+    """A complete cache, memory-mapped. Sub-classes say which tensors they read, and make items of them.
+
+    Args:
+        folder: where the manifest is.
+        tensors: names that every shard must hold.
+        split: the split that must have been encoded; None takes any.
+        vae_fingerprint: what `vae_fingerprint(folder)` says of the VAE that will decode; another one's latents are
+            refused.
+
+    Raises:
+        ValueError: the cache is damaged, incomplete, of another split or VAE, or without the tensors.
+    """
+
+    writer = "data_prep.encode_latents"
+
+    def __init__(
+        self, folder: Path, tensors: tuple[str, ...], *, split: str | None = None, vae_fingerprint: str | None = None
+    ) -> None:
+        manifest = read_manifest(folder)
+        if split not in (None, manifest.split):
+            raise ValueError(f"{folder} holds the latents of split {manifest.split!r}, not of {split!r}")
+        if vae_fingerprint not in (None, manifest.vae_fingerprint):
+            raise ValueError(
+                f"the latents in {folder} were made by another VAE (fingerprint {manifest.vae_fingerprint[:12]}, wanted"
+                f" {vae_fingerprint[:12]}): encode the images again with this one"
+            )
+        if not manifest.complete:
+            done = sum(shard.count for shard in manifest.shards)
+            raise ValueError(
+                f"{folder} is incomplete, {done} of {manifest.num_samples} samples: run {self.writer} again to finish"
+            )
+        for shard in manifest.shards:
+            check_shard(folder, shard, content=False, writer=self.writer)
+        self.folder = folder
+        self.manifest = manifest
+        self._handles: dict[int, safe_open] = {}
+        self._pid = os.getpid()
+        missing = sorted(set(tensors).difference(self._shard(0).keys()))
+        if missing:
+            raise ValueError(f"{folder} holds latents of another kind, without {', '.join(missing)}")
+
+    def __len__(self) -> int:
+        return self.manifest.num_samples
+
+    def locate(self, row: int) -> tuple[safe_open, int]:
+        """The shard that holds a row, and the row's place in it."""
+        if not 0 <= row < len(self):
+            raise IndexError(f"row {row} of {len(self)}")
+        number, offset = divmod(row, self.manifest.shard_size)
+        return self._shard(number), offset
+
+    def scale(self, latents: torch.Tensor) -> torch.Tensor:
+        """Latents as the VAE gives them -> as networks take them."""
+        return (latents - (self.manifest.shift_factor or 0.0)) * self.manifest.scaling_factor
+
+    def verify(self) -> None:
+        """Hash every shard; ValueError names the first one that is not what was written."""
+        for shard in self.manifest.shards:
+            check_shard(self.folder, shard, content=True, writer=self.writer)
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "_handles": {}}  # open files do not travel to a spawned worker
+
+    def _shard(self, number: int) -> safe_open:
+        """The memory map of a shard, opened at first use in each process."""
+        if self._pid != os.getpid():  # a forked worker
+            self._handles, self._pid = {}, os.getpid()
+        if number not in self._handles:
+            path = self.folder / self.manifest.shards[number].name
+            try:
+                self._handles[number] = safe_open(path, framework="pt")
+            except SafetensorError as error:
+                raise ValueError(f"{path} is damaged: {error}") from None
+        return self._handles[number]
+
+
+class LatentDataset(LatentCache):
+    """Latents with class labels. Items: `latents` (C, h, w) float32, scaled; `class_labels` int64 scalar.
 
     Latents are drawn anew from the VAE's posterior (mean + std * noise) in every epoch, and so is the mirroring, both
     from `key.generator()`; a mean-only cache without flip takes plain ints.
@@ -217,65 +299,18 @@ class LatentDataset(Dataset):
         folder = Path(path)
         if split is not None and (folder / split / MANIFEST_NAME).is_file():
             folder = folder / split
-        manifest = read_manifest(folder)
-        if split not in (None, manifest.split):
-            raise ValueError(f"{folder} holds the latents of split {manifest.split!r}, not of {split!r}")
-        if vae_fingerprint not in (None, manifest.vae_fingerprint):
-            raise ValueError(
-                f"the latents in {folder} were made by another VAE (fingerprint {manifest.vae_fingerprint[:12]}, wanted"
-                f" {vae_fingerprint[:12]}): encode the images again with this one"
-            )
-        if horizontal_flip and not manifest.flip:
+        super().__init__(folder, ("mean", "class_labels"), split=split, vae_fingerprint=vae_fingerprint)
+        if horizontal_flip and not self.manifest.flip:
             raise ValueError(f"`horizontal_flip` needs mirrored latents, {folder} was encoded with --no-flip")
-        if not manifest.complete:
-            done = sum(shard.count for shard in manifest.shards)
-            raise ValueError(
-                f"{folder} is incomplete, {done} of {manifest.num_samples} samples:"
-                " run data_prep.encode_latents again to finish"
-            )
-        for shard in manifest.shards:
-            check_shard(folder, shard, content=False)
-        self.folder = folder
-        self.manifest = manifest
-        self.num_classes = manifest.num_classes
+        self.num_classes = self.manifest.num_classes
         self.horizontal_flip = horizontal_flip
-        self._handles: dict[int, safe_open] = {}
-        self._pid = os.getpid()
-
-    def __len__(self) -> int:
-        return self.manifest.num_samples
 
     def __getitem__(self, key: SampleKey | SupportsInt) -> dict[str, torch.Tensor]:
-        row = int(key)
-        if not 0 <= row < len(self):
-            raise IndexError(f"row {row} of {len(self)}")
-        number, offset = divmod(row, self.manifest.shard_size)
-        handle = self._shard(number)
+        handle, offset = self.locate(int(key))
         randomness = key.generator() if self.horizontal_flip or not self.manifest.mean_only else None
         suffix = "_flipped" if self.horizontal_flip and torch.rand((), generator=randomness) < 0.5 else ""
         latents = handle.get_slice(f"mean{suffix}")[offset].float()
         if not self.manifest.mean_only:
             std = handle.get_slice(f"std{suffix}")[offset].float()
             latents = latents + std * torch.randn(latents.shape, generator=randomness)
-        latents = (latents - (self.manifest.shift_factor or 0.0)) * self.manifest.scaling_factor
-        return {"latents": latents, "class_labels": handle.get_slice("class_labels")[offset]}
-
-    def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_handles": {}}  # open files do not travel to a spawned worker
-
-    def verify(self) -> None:
-        """Hash every shard; ValueError names the first one that is not what was written."""
-        for shard in self.manifest.shards:
-            check_shard(self.folder, shard, content=True)
-
-    def _shard(self, number: int) -> safe_open:
-        """The memory map of a shard, opened at first use in each process."""
-        if self._pid != os.getpid():  # a forked worker
-            self._handles, self._pid = {}, os.getpid()
-        if number not in self._handles:
-            path = self.folder / self.manifest.shards[number].name
-            try:
-                self._handles[number] = safe_open(path, framework="pt")
-            except SafetensorError as error:
-                raise ValueError(f"{path} is damaged: {error}") from None
-        return self._handles[number]
+        return {"latents": self.scale(latents), "class_labels": handle.get_slice("class_labels")[offset]}

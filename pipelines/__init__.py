@@ -4,6 +4,9 @@ import lazy_loader
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
-    submodules=["shortcut"],
-    submod_attrs={"codecs": ["PixelCodec", "load_vae"], "pictures": ["image_grid"]},
+    submodules=["shadow_sdxl", "shortcut"],
+    submod_attrs={
+        "codecs": ["PixelCodec", "latent_channels", "load_vae", "vae_scale_factor"],
+        "pictures": ["image_grid", "to_images"],
+    },
 )

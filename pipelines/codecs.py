@@ -48,3 +48,15 @@ def load_vae(folder: str) -> AutoencoderKL | PixelCodec:
     """Load a VAE (or the codec that stands in for one) saved by `save_pretrained`, or from the hub."""
     config = PixelCodec.load_config(folder)
     return (PixelCodec if config["_class_name"] == "PixelCodec" else AutoencoderKL).from_pretrained(folder)
+
+
+def vae_scale_factor(vae: AutoencoderKL | PixelCodec) -> int:
+    """Pixels along the side of one latent."""
+    if isinstance(vae, PixelCodec):
+        return vae.config.block_size
+    return 2 ** (len(vae.config.block_out_channels) - 1)
+
+
+def latent_channels(vae: AutoencoderKL | PixelCodec) -> int:
+    """Channels of its latents."""
+    return vae.latent_channels if isinstance(vae, PixelCodec) else vae.config.latent_channels

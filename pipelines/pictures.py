@@ -1,8 +1,19 @@
-"""Pictures of samples: grids with labels."""
+"""Pictures of samples: from tensors, and in grids with labels."""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from PIL import Image, ImageDraw, ImageFont
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def to_images(pictures: Tensor) -> list[Image.Image]:
+    """(B, 1 or 3, H, W) in [0, 1] -> 8-bit greyscale or RGB."""
+    pixels = (pictures.clamp(0, 1) * 255).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    return [Image.fromarray(x[..., 0] if x.shape[2] == 1 else x) for x in pixels]
 
 
 def image_grid(
