@@ -34,8 +34,8 @@ def steps(run_dir: Path) -> list[int]:
     return [checkpoints.step_of(path) for path in checkpoints.list_checkpoints(run_dir)]
 
 
-def rotate(run_dir: Path, limit: int | None, keep_every=None, trusted=(), resumed_from=None) -> list[int]:
-    checkpoints.rotate(run_dir, limit, keep_every, trusted=set(trusted), resumed_from=resumed_from)
+def rotate(run_dir: Path, limit: int | None, keep_every=None, trusted=(), kept=()) -> list[int]:
+    checkpoints.rotate(run_dir, limit, keep_every, trusted=set(trusted), kept=kept)
     assert not list(run_dir.glob("*.deleted"))
     return steps(run_dir)
 
@@ -151,10 +151,10 @@ def test_no_limit_keeps_all(tmp_path):
     assert rotate(tmp_path, None) == [3, 2, 1]
 
 
-def test_milestones_and_the_one_resumed_from_stay(tmp_path):
+def test_milestones_and_those_kept_stay(tmp_path):
     for step in range(1, 9):
         make(tmp_path, step)
-    assert rotate(tmp_path, 1, keep_every=4, resumed_from=tmp_path / "checkpoint-3") == [8, 4, 3]
+    assert rotate(tmp_path, 1, keep_every=4, kept=[tmp_path / "checkpoint-3"]) == [8, 4, 3]
 
 
 def test_trusted_ones_are_not_read_again(tmp_path):
@@ -172,7 +172,7 @@ def test_a_deletion_that_fails_is_a_warning(tmp_path, monkeypatch, caplog):
             raise OSError(errno.EBUSY, "busy")
 
     monkeypatch.setattr(shutil, "rmtree", refuse)
-    checkpoints.rotate(tmp_path, 1, None, trusted=set(), resumed_from=None)
+    checkpoints.rotate(tmp_path, 1, None, trusted=set(), kept=())
     assert "could not delete" in caplog.text
     assert steps(tmp_path) == [2]
 

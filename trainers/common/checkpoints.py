@@ -17,6 +17,7 @@ import os
 import re
 import shutil
 import sys
+from collections.abc import Container
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -103,19 +104,17 @@ def find_latest(run_dir: Path) -> Path | None:
     return None
 
 
-def rotate(
-    run_dir: Path, limit: int | None, keep_every: int | None, trusted: set[Path], resumed_from: Path | None
-) -> None:
+def rotate(run_dir: Path, limit: int | None, keep_every: int | None, trusted: set[Path], kept: Container[Path]) -> None:
     """Delete what is older than the `limit` newest valid checkpoints.
 
     Only valid ones count, so a damaged folder never pushes out a good one; `trusted` paths (this process wrote or
-    verified them) are not read again. Milestones (multiples of `keep_every`) and `resumed_from` stay.
+    verified them) are not read again. Milestones (multiples of `keep_every`) and those `kept` stay.
     """
     valid = 0
     for checkpoint in list_checkpoints(run_dir) if limit else []:
         if valid < limit:
             valid += checkpoint in trusted or not verify(checkpoint)
-        elif checkpoint != resumed_from and not (keep_every and step_of(checkpoint) % keep_every == 0):
+        elif checkpoint not in kept and not (keep_every and step_of(checkpoint) % keep_every == 0):
             _remove(checkpoint)
 
 

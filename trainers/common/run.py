@@ -19,7 +19,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator, DistributedType
-from accelerate.utils import DistributedDataParallelKwargs, send_to_device
+from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list, send_to_device
 from diffusers import DiffusionPipeline, ModelMixin
 from PIL import Image
 from safetensors.torch import load_model, save_model
@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from trainers.common import checkpoints
 from trainers.common.attention import configure_network
-from trainers.common.checkpoints import step_of, write_json
+from trainers.common.checkpoints import read_json, step_of, write_json
 from trainers.common.config import EXIT_CONFIG, RunConfig
 from trainers.common.data import DataOrder, StreamSampler, abandon_workers, create_loader, derive_seed
 from trainers.common.ema import EMA
@@ -194,7 +194,7 @@ class TrainingRun:
         return checkpoint
 
     def _load(self, checkpoint: Path) -> None:
-        state = checkpoints.read_json(checkpoint / "run_state.json")
+        state = read_json(checkpoint / "run_state.json")
         for key, now in (("num_samples", self.order.num_samples), ("seed", self.order.seed)):
             if state[key] != now:
                 raise leave(
@@ -363,17 +363,20 @@ class TrainingRun:
                 training.checkpoints_total_limit,
                 training.keep_every_n_steps,
                 trusted=self._saved,
-                resumed_from=self._resumed_from,
+                kept={self._resumed_from, self._best_checkpoint()},
             )
         self.accelerator.wait_for_everyone()
         self._meter.restart_clock()
 
-    def validate(self, function: Callable[[ModelMixin], tuple[dict[str, float], dict[str, Image.Image]]]) -> None:
+    def validate(
+        self, function: Callable[[ModelMixin], tuple[dict[str, float], dict[str, Image.Image]]]
+    ) -> dict[str, float]:
         """Run `function(inference_model) -> (scalars, pictures)` on the main process and log what it returns.
 
         It cannot change the run (weights, modes and random state are as before) and running out of memory does not
-        end it.
+        end it. Returns the scalars, on every process; none where it did not come to an end.
         """
+        scalars: dict[str, float] = {}
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
             model, devices = self.inference_model, [self.accelerator.device]
@@ -389,8 +392,31 @@ class TrainingRun:
                     pass  # the loop saves and leaves before the next update
                 finally:
                     model.train(was_training)
-        self.accelerator.wait_for_everyone()
+        scalars = broadcast_object_list([scalars])[0]
         self._meter.restart_clock()
+        return scalars
+
+    def keep_best(self, score: float | None) -> None:
+        """Make this update's checkpoint a milestone if `score`, higher is better, exceeds all before it.
+
+        The best one is named in best.json and is not deleted until a better one exists; None is no score.
+        """
+        if score is None or score <= self._best().get("score", float("-inf")):
+            return
+        self.save_checkpoint()
+        if self.accelerator.is_main_process:
+            temporary = self.run_dir / "best.json.tmp"
+            write_json(temporary, {"step": self.step, "score": score})
+            temporary.rename(self.run_dir / "best.json")
+        self.accelerator.wait_for_everyone()
+
+    def _best(self) -> dict[str, float]:
+        path = self.run_dir / "best.json"
+        return read_json(path) if path.exists() else {}
+
+    def _best_checkpoint(self) -> Path | None:
+        best = self._best()
+        return self.run_dir / f"checkpoint-{best['step']}" if best else None
 
     def finish(self, pipeline: DiffusionPipeline) -> None:
         """Final checkpoint, the pipeline for `from_pretrained(output_dir)`, logs closed."""
