@@ -9,7 +9,7 @@ TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow test-gpu lint clean
+.PHONY: help setup demo demo-shadow test test-slow test-gpu lint clean
 
 help:  ## list the commands
 	@sed -n 's/^\([a-z-]*\):.*##\(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -25,6 +25,9 @@ $(STAMP): setup.cfg pyproject.toml constraints.txt
 
 demo: $(STAMP)  ## train on real handwriting, with and without shortcuts, and write outputs/demo/report.html (6 min)
 	$(BIN)/python -m demos.shortcut
+
+demo-shadow: $(STAMP)  ## render shadows, learn to cast them in one step, write outputs/demo-shadow/report.html (15 min)
+	$(BIN)/python -m demos.shadow
 
 test: $(STAMP)  ## lint and the fast tests (CPU)
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""What can be set about a training objective: one section, with presets. Light to import: no torch here."""
+"""What can be set about the training objectives: sections, with presets. Light to import: no torch here."""
 
 from __future__ import annotations
 
@@ -74,6 +74,8 @@ class ObjectiveConfig(Section):
     """Guidance baked into the smallest bootstrapped step, whence it spreads to all larger ones; null for none."""
     loss_reduction: Literal["merged", "split"] = "merged"
     """One mean over all rows, or the mean of the flow rows plus the mean of the bootstrap rows."""
+    loss_weighting: Literal["none", "sigma_squared"] = "none"
+    """`sigma_squared` weighs rows by (1 - t)^2, which turns the velocity's error into that of the clean sample."""
     path_eps: float = Field(0.0, ge=0, lt=0.1)
     """Noise left at t = 1."""
     distillation_guidance_scale: float = Field(1.0, ge=0)
@@ -104,3 +106,26 @@ class ObjectiveConfig(Section):
     def flow_step_size(self) -> float:
         """The step size that stands for "infinitesimal"."""
         return 1 / self.denoise_timesteps if self.smallest_step == "lattice" else 0.0
+
+
+class NoiseLevelConfig(Section):
+    """At which noise levels a denoiser is trained; sigma = 1 is noise alone."""
+
+    timestep_sampling: Literal["uniform", "logit_normal", "discrete"] = "uniform"
+    """Law of sigma in (0, 1]."""
+    logit_mean: float = 0.0
+    """Mean of the normal variable whose sigmoid `logit_normal` takes."""
+    logit_std: float = Field(1.0, gt=0)
+    discrete_sigmas: list[float] = Field([0.25, 0.5, 0.75, 1.0], min_length=1)
+    """`discrete` takes each of these equally often."""
+    pure_noise_prob: float = Field(0.0, ge=0, le=1)
+    """Share of the rows at exactly sigma = 1, the only one where a single step starts."""
+
+    loss_weighting: Literal["none", "sigma_squared"] = "none"
+    """`sigma_squared` turns the error of a flow's velocity into that of the clean sample."""
+
+    @model_validator(mode="after")
+    def _check(self) -> NoiseLevelConfig:
+        if not all(0 < sigma <= 1 for sigma in self.discrete_sigmas):
+            raise ValueError(f"`discrete_sigmas` must lie in (0, 1], got {self.discrete_sigmas}")
+        return self

@@ -225,6 +225,8 @@ def shortcut_loss(
 
     prediction = network(noisy, draws.t, draws.step_size, conditions)
     errors = squared_error(prediction, target)
+    if config.loss_weighting == "sigma_squared":
+        errors = errors * (1 - draws.t).square()
     loss = errors.mean() if config.loss_reduction == "merged" else errors[boot].mean() + errors[flow].mean()
     metrics = {"loss_flow": errors[flow].mean().detach(), "loss_bootstrap": errors[boot].mean().detach()}
     if config.target_clip is not None:
