@@ -8,8 +8,10 @@ import sys
 from pathlib import Path
 
 os.environ["OMP_NUM_THREADS"] = "1"
-# Modules that tests share (runs.py) are found by tests and by the processes they start.
+# Modules that tests share (runs.py) are found by tests and by the processes they start; ours come before the folders
+# of tests that are named like them.
 sys.path.insert(0, str(Path(__file__).parent))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import pytest
 import runs

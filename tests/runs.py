@@ -1,7 +1,8 @@
-"""Runs of the tiny shortcut model for tests: in this process, or in a child that can be signalled and killed."""
+"""Runs of a script's tiny.yaml for tests: in this process, or in a child that can be signalled and killed."""
 
 from __future__ import annotations
 
+import importlib
 import json
 import multiprocessing
 import os
@@ -38,25 +39,24 @@ PRELOAD = [
 # ---- the command, here ----
 
 
-def command_line(run_dir: Path, *others: str, **training) -> list[str]:
-    """Arguments of train_shortcut.py: tiny.yaml, no validation, then keys of the training section."""
+def command_line(run_dir: Path, *others: str, system: str = "shortcut", **training) -> list[str]:
+    """Arguments of train_<system>.py: tiny.yaml, no validation, then keys of the training section."""
     values = {"output_dir": run_dir, **training}
     written = [f"--training.{key}={json.dumps(v) if not isinstance(v, Path) else v}" for key, v in values.items()]
     return [
         "--config",
-        str(TINY),
+        str(ROOT / "configs" / system / "tiny.yaml"),
         "--validation.validation_steps=null",
         *(w.replace('"', "") for w in written),
         *others,
     ]
 
 
-def train(run_dir: Path, *others: str, **training) -> None:
-    """`python trainers/train_shortcut.py ...` in this process."""
-    from trainers import train_shortcut
-
+def train(run_dir: Path, *others: str, system: str = "shortcut", **training) -> None:
+    """`python trainers/train_<system>.py ...` in this process."""
     reset_accelerate()
-    train_shortcut.main(command_line(run_dir, *others, **training))
+    script = importlib.import_module(f"trainers.train_{system}")
+    script.main(command_line(run_dir, *others, system=system, **training))
 
 
 def reset_accelerate() -> None:

@@ -146,7 +146,8 @@ def encode(batch: dict, pipeline):
         shadow, objects, mask = batch["shadow_latents"], batch["object_latents"], batch["mask_latents"]
     else:
         with torch.no_grad():
-            shadow = pipeline.encode(batch["shadow_map"].expand(-1, 3, -1, -1) * 2 - 1).float()
+            # contiguous: noise is drawn in the order of its memory, and a VAE may answer channels-last
+            shadow = pipeline.encode(batch["shadow_map"].expand(-1, 3, -1, -1) * 2 - 1).float().contiguous()
             objects = pipeline.encode(batch["object_image"]).float()
             mask = torch.nn.functional.adaptive_avg_pool2d(batch["mask"], shadow.shape[-2:])
     return shadow, {"object_latents": objects, "mask": mask, "light": light}
@@ -154,9 +155,8 @@ def encode(batch: dict, pipeline):
 
 def as_shortcut(model):
     """In objectives.shortcut time runs from noise to data: t = 1 - sigma, and velocities turn round."""
-    return lambda x, t, step_size, conditions: (
-        -model(x, shadow_sdxl.NUM_TIMESTEPS * (1 - t), **conditions, step_size=step_size).sample
-    )
+    scale = shadow_sdxl.NUM_TIMESTEPS
+    return lambda x, t, step_size, c: -model(x, scale * (1 - t), **c, step_size=step_size).sample
 
 
 def validate(model, run: common.TrainingRun, config: Config, pipeline, held_out: list[dict]):

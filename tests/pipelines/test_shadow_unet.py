@@ -6,8 +6,9 @@ import logging
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import UNet2DConditionModel
 from diffusers.utils import logging as diffusers_logging
+from sdxl_checkpoint import PICTURE_SIZE, write_sdxl
 
 from pipelines.shadow_sdxl import ShadowUNet, blob_map, embed_light
 
@@ -20,23 +21,6 @@ CONFIG = {
     "attention_head_dim": (1, 2, 2),
     "norm_num_groups": 8,
 }
-# SDXL's own proportions, each number made small
-SDXL = {
-    "sample_size": 8,
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "block_out_channels": (8, 16, 16),
-    "layers_per_block": 2,
-    "transformer_layers_per_block": (1, 2, 3),
-    "attention_head_dim": (1, 2, 4),
-    "norm_num_groups": 4,
-    "use_linear_projection": True,
-    "cross_attention_dim": 12,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 6,
-    "projection_class_embeddings_input_dim": 10 + 6 * 6,
-}
-PICTURE_SIZE = 16  # pixels: 8 latents of a VAE that halves once
 
 
 def build(seed: int = 0, **overrides) -> ShadowUNet:
@@ -434,26 +418,6 @@ def sdxl(tmp_path_factory):
     """A tiny checkpoint in the official layout, and its UNet."""
     folder = tmp_path_factory.mktemp("sdxl")
     return folder, write_sdxl(folder)
-
-
-def write_sdxl(folder, dtype=torch.float32, **overrides) -> UNet2DConditionModel:
-    torch.manual_seed(0)
-    unet = UNet2DConditionModel(**{**SDXL, **overrides}).eval()
-    with torch.no_grad():  # official weights have no layer of ones and zeros
-        for parameter in unet.parameters():
-            parameter.add_(0.1 * torch.randn_like(parameter))
-    unet = unet.to(dtype)
-    unet.save_pretrained(folder / "unet")
-    vae = AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * 2,
-        up_block_types=("UpDecoderBlock2D",) * 2,
-        block_out_channels=(8, 8),
-        norm_num_groups=4,
-        sample_size=PICTURE_SIZE,
-        scaling_factor=0.13025,
-    )
-    vae.save_pretrained(folder / "vae")
-    return unet.float()
 
 
 def test_an_sdxl_checkpoint_is_copied_tensor_by_tensor(sdxl, diffusers_warnings):
