@@ -47,7 +47,7 @@ def object_name(seed: int, number: int, stream: str = "S") -> tuple[str, str]:
 
 
 def procedural_object(seed: int, number: int, stream: str = "S") -> CastingObject:
-    """Object `number` of `seed`: the same one whenever it is asked for. Each run of 24 numbers holds every family.
+    """Object `number` of `seed`: the same one whenever it is asked for. Each run of 19 numbers holds every family.
 
     Args:
         seed, number: non-negative.

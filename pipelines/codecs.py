@@ -44,10 +44,15 @@ class PixelCodec(ModelMixin, ConfigMixin):
         return DecoderOutput(sample=sample) if return_dict else (sample,)
 
 
-def load_vae(folder: str) -> AutoencoderKL | PixelCodec:
-    """Load a VAE (or the codec that stands in for one) saved by `save_pretrained`, or from the hub."""
-    config = PixelCodec.load_config(folder)
-    return (PixelCodec if config["_class_name"] == "PixelCodec" else AutoencoderKL).from_pretrained(folder)
+def load_vae(folder: str | None, block_size: int = 1) -> AutoencoderKL | PixelCodec:
+    """A frozen VAE (or the codec that stands in for one) saved by `save_pretrained`, or from the hub.
+
+    None gives a `PixelCodec` of RGB with the given `block_size`.
+    """
+    if folder is None:
+        return PixelCodec(block_size=block_size).requires_grad_(False)
+    kind = PixelCodec if PixelCodec.load_config(folder)["_class_name"] == "PixelCodec" else AutoencoderKL
+    return kind.from_pretrained(folder).requires_grad_(False)
 
 
 def vae_scale_factor(vae: AutoencoderKL | PixelCodec) -> int:

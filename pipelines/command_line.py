@@ -65,7 +65,6 @@ def load_pipeline(kind: type[P], folder: Path, device: str | None = None, dtype:
     if device is None:
         device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
     try:
-        pipeline = kind.from_pretrained(folder).to(device)
-        return pipeline if dtype == "float32" else pipeline.to(DTYPES[dtype])
+        return kind.from_pretrained(folder, torch_dtype=DTYPES[dtype]).to(device)
     except (OSError, ValueError, RuntimeError) as error:
         fail(f"{folder} cannot be loaded on {device}: {str(error).splitlines()[0]}")

@@ -11,7 +11,7 @@ the loop. See also trainers/objectives.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import lazy_loader
 from pydantic import Field, model_validator
@@ -83,9 +83,9 @@ class ValidationConfig(Section):
     """Measure decoded shadows and the loss every so many updates; null for never."""
     num_samples: int = Field(64, gt=1)
     """Held-out samples."""
-    num_inference_steps: list[int] = Field([1, 4], min_length=1)
+    num_inference_steps: list[Annotated[int, Field(gt=0)]] = Field([1, 4], min_length=1)
     """The first decides which checkpoint is the best."""
-    batch_size: int = Field(8, gt=0)
+    batch_size: int = Field(8, gt=2)
 
 
 class Config(RunConfig):
@@ -165,8 +165,8 @@ def validate(model, run: common.TrainingRun, config: Config, pipeline, held_out:
     pipeline.set_progress_bar_config(disable=True)
     torch.manual_seed(config.training.seed)
     scalars = {}
-    for start in range(0, count, settings.batch_size):
-        items = held_out[start : start + settings.batch_size]
+    num_batches = -(-count // settings.batch_size)
+    for items in (held_out[i::num_batches] for i in range(num_batches)):
         batch = {k: v.to(run.accelerator.device) for k, v in torch.utils.data.default_collate(items).items()}
         for name, value in compute_loss(run, batch, config, pipeline, model)[1].items():
             scalars[name] = scalars.get(name, 0.0) + float(value) * len(items) / count
@@ -214,10 +214,12 @@ def create_unet(config: Config, vae):
         settings |= {"knows_step_size": True, "smallest_step": 1 / config.shortcut.denoise_timesteps}
     elif name != "flow":
         settings |= {"prediction_type": name}
+    settings["sample_size"], rest = divmod(config.data.image_size, pipelines.vae_scale_factor(vae))
     try:
+        if rest:
+            raise ValueError(f"data.image_size {config.data.image_size} is no multiple of the latents' side")
         if model.pretrained_model:
             return shadow_sdxl.ShadowUNet.from_sdxl(model.pretrained_model, **settings)
-        shape["sample_size"] = config.data.image_size // pipelines.vae_scale_factor(vae)
         return shadow_sdxl.ShadowUNet(latent_channels=pipelines.latent_channels(vae), **shape, **settings)
     except (OSError, ValueError) as error:
         raise SystemExit(f"model: {error}") from error
@@ -227,9 +229,7 @@ def main(argv: list[str] | None = None) -> None:
     config = load_config(Config, argv)
     accelerator = common.create_accelerator(config)
     dataset, held_out = open_data(config, accelerator)
-    codec = pipelines.PixelCodec(block_size=config.model.pixel_block_size)
-    vae = pipelines.load_vae(config.model.vae) if config.model.vae else codec
-    vae = vae.to(accelerator.device).requires_grad_(False)
+    vae = pipelines.load_vae(config.model.vae, config.model.pixel_block_size).to(accelerator.device)
     torch.manual_seed(config.training.seed)
     unet = create_unet(config, vae)
     scheduler = shadow_sdxl.create_scheduler(unet.config.prediction_type)

@@ -227,16 +227,18 @@ class ShadowSDXLPipeline(DiffusionPipeline):
         return ShadowSDXLPipelineOutput(images=maps) if return_dict else (maps,)
 
     def encode(self, pixel_values: Tensor) -> Tensor:
-        """Pictures (B, 3, H, W) in [-1, 1] -> scaled latents, the posterior's mode."""
+        """Pictures (B, 3, H, W) in [-1, 1] -> scaled latents, the posterior's mode. In the VAE's own precision."""
         self._upcast_vae()
-        latents = self.vae.encode(pixel_values.to(self.vae.dtype)).latent_dist.mode()
+        with torch.autocast(pixel_values.device.type, enabled=False):
+            latents = self.vae.encode(pixel_values.to(self.vae.dtype)).latent_dist.mode()
         return (latents - (self.vae.config.shift_factor or 0.0)) * self.vae.config.scaling_factor
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Scaled latents -> shadow maps (B, 1, H, W), about [0, 1] and not clamped."""
+        """Scaled latents -> shadow maps (B, 1, H, W), about [0, 1] and not clamped. In the VAE's own precision."""
         self._upcast_vae()
         latents = latents.to(self.vae.dtype) / self.vae.config.scaling_factor + (self.vae.config.shift_factor or 0.0)
-        return (self.vae.decode(latents).sample.mean(1, keepdim=True) + 1) / 2
+        with torch.autocast(latents.device.type, enabled=False):
+            return (self.vae.decode(latents).sample.mean(1, keepdim=True) + 1) / 2
 
     def _upcast_vae(self) -> None:
         if self.vae.dtype == torch.float16 and self.vae.config.get("force_upcast"):

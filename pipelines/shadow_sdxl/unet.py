@@ -95,6 +95,8 @@ class ShadowUNet(ModelMixin, ConfigMixin):
             )
         if prediction_type != "flow" and (knows_step_size or raw_output != "velocity"):
             raise ValueError(f"`prediction_type` {prediction_type!r} has no step sizes and no `raw_output` of its own")
+        if sample_size % 2 ** (len(block_out_channels) - 1):
+            raise ValueError(f"`sample_size` {sample_size} cannot be halved {len(block_out_channels) - 1} times")
         blob = light_conditioning == "blob"
         self.unet = UNet2DConditionModel(
             sample_size=sample_size,
@@ -136,12 +138,13 @@ class ShadowUNet(ModelMixin, ConfigMixin):
 
         Args:
             folder: in the official layout, with `unet` and `vae` folders; or its hub name.
-            settings: the arguments of `ShadowUNet` that are not the UNet's shape.
+            settings: the arguments of `ShadowUNet` that are not the UNet's shape; and `sample_size`, the side of the
+                latents it will be trained on, if that is not the checkpoint's.
 
         Raises:
             ValueError: the checkpoint is not SDXL's kind of UNet, or `settings` change its shape.
         """
-        shaped = sorted(set(settings) & {*SHAPE, "latent_channels"})
+        shaped = sorted(set(settings) & {*SHAPE, "latent_channels"} - {"sample_size"})
         if shaped:
             raise ValueError(f"`{shaped[0]}` is the checkpoint's: only new parts can be set")
         source = UNet2DConditionModel.from_pretrained(folder, subfolder="unet", torch_dtype=torch.float32)
@@ -154,7 +157,7 @@ class ShadowUNet(ModelMixin, ConfigMixin):
             )
         shape = {name: source.config[name] for name in SHAPE}
         with torch.device("meta"):  # no time is spent on random weights that are replaced
-            model = cls(latent_channels=channels[0], **shape, **settings)
+            model = cls(latent_channels=channels[0], **{**shape, **settings})
         weights = {f"unet.{name}": tensor for name, tensor in source.state_dict().items()}
         wanted = {name: tensor for name, tensor in model.state_dict().items() if name.startswith("unet.")}
         conv_in = torch.zeros(wanted["unet.conv_in.weight"].shape)

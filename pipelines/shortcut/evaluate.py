@@ -14,12 +14,10 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 import yaml
@@ -29,6 +27,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from data_prep.images import DATASET_NAMES, open_images
+from pipelines.command_line import Parser, fail, load_pipeline, number
 from pipelines.metrics import (
     InceptionDistances,
     energy_distance,
@@ -73,34 +72,8 @@ class Setting:
         }
 
 
-class Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        fail(message)
-
-
-def fail(message: str) -> NoReturn:
-    """One line and exit code 2: an argument is wrong."""
-    print(f"error: {message}", file=sys.stderr)
-    raise SystemExit(2)
-
-
-def number(kind: type, lowest: float, highest: float = math.inf):
-    """An argparse type: a number in [lowest, highest]."""
-
-    def parse(text: str) -> int | float:
-        value = kind(text)
-        if not lowest <= value <= highest or value == math.inf:
-            raise argparse.ArgumentTypeError(f"must be at least {lowest:g}, got {text}")
-        return value
-
-    parse.__name__ = kind.__name__  # argparse names it where the text is no number
-    return parse
-
-
 def create_parser() -> argparse.ArgumentParser:
-    parser = Parser(
-        prog="python -m pipelines.shortcut.evaluate", description=__doc__.split("\n")[0], allow_abbrev=False
-    )
+    parser = Parser(prog="python -m pipelines.shortcut.evaluate", description=__doc__.split("\n")[0])
     parser.add_argument("model_dir", type=Path, help="folder of an exported ShortcutPipeline, or of a finished run")
     parser.add_argument("--dataset_name", choices=DATASET_NAMES, default="digits", help="the real pictures")
     parser.add_argument("--path", help="their folder or hub name")
@@ -122,21 +95,6 @@ def create_parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", help="the accelerator if there is one")
     parser.add_argument("--output_dir", type=Path, help="MODEL_DIR/evaluation")
     return parser
-
-
-def load_pipeline(folder: Path, device: str | None) -> ShortcutPipeline:
-    index = folder / "model_index.json"
-    if not index.is_file():
-        fail(f"{folder} holds no exported pipeline (no model_index.json); a run exports one when it finishes")
-    kind = json.loads(index.read_text(encoding="utf-8")).get("_class_name")
-    if kind != ShortcutPipeline.__name__:
-        fail(f"{folder} holds a {kind}, not a {ShortcutPipeline.__name__}")
-    if device is None:
-        device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else "cpu"
-    try:
-        return ShortcutPipeline.from_pretrained(folder).to(device)
-    except (OSError, ValueError, RuntimeError) as error:
-        fail(f"{folder} cannot be loaded on {device}: {str(error).splitlines()[0]}")
 
 
 def describe_run(folder: Path, pipeline: ShortcutPipeline) -> tuple[ObjectiveConfig, str]:
@@ -349,7 +307,7 @@ def format_table(rows: dict[str, dict[str, float]]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> None:
     args = create_parser().parse_args(argv)
-    pipeline = load_pipeline(args.model_dir, args.device)
+    pipeline = load_pipeline(ShortcutPipeline, args.model_dir, args.device)
     objective, weights = describe_run(args.model_dir, pipeline)
     args.unconditional = args.unconditional or objective.condition_dropout_prob == 1
     settings = choose_settings(args, pipeline)

@@ -198,23 +198,35 @@ def test_the_loss_curve_is_the_one_we_know(tmp_path, data):
     assert losses == pytest.approx(LOSSES, rel=1e-3)
 
 
-def test_two_ranks_draw_different_noise_and_hold_equal_weights(tmp_path, data):
-    arguments = runs.command_line(
-        tmp_path / "run", *data, VALIDATED, system="shadow_sdxl", expected_processes=2, max_train_steps=2
-    )
+def launch_two(folder: Path, *arguments: str) -> list[dict]:
+    """Two processes on gloo by two_shadow_ranks.py; what each saw."""
     command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0", "--config_file"]
     command += [str(runs.ROOT / "accelerate_configs/cpu_2proc.yaml")]
-    command += [str(Path(__file__).parent / "two_shadow_ranks.py"), str(tmp_path), *arguments]
+    command += [str(Path(__file__).parent / "two_shadow_ranks.py"), str(folder), *arguments]
     settings = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(runs.ROOT)}
     result = subprocess.run(
         command, cwd=runs.ROOT, env=os.environ | settings, capture_output=True, text=True, timeout=200, check=False
     )
     assert result.returncode == 0, result.stdout + result.stderr
-    first, second = (json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in (0, 1))
+    return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in (0, 1)]
+
+
+def test_two_ranks_draw_different_noise_hold_equal_weights_and_resume(tmp_path, data):
+    """Every update is a checkpoint and validated: the ranks must agree on which one is the best, too."""
+    training = {"expected_processes": 2, "checkpointing_steps": 1, "checkpoints_total_limit": None}
+    start = [*data, "--validation.validation_steps=1"]
+    line = partial(runs.command_line, system="shadow_sdxl", **training)
+    first, second = launch_two(tmp_path, *line(tmp_path / "run", *start, max_train_steps=4))
     assert first["weights"] == second["weights"]
-    assert len(set(first["noise"] + second["noise"])) == 4
-    assert not set(map(tuple, first["phi"])) & set(map(tuple, second["phi"]))
-    assert json.loads((tmp_path / "run/best.json").read_text())["step"] == 2
+    assert len(set(first["noise"] + second["noise"])) == 8
+    assert (tmp_path / "run/best.json").exists()
+
+    shutil.copytree(tmp_path / "run", tmp_path / "broken")
+    for step in (3, 4):
+        shutil.rmtree(tmp_path / f"broken/checkpoint-{step}")
+    launch_two(tmp_path, *line(tmp_path / "broken", *start, max_train_steps=4, resume_from_checkpoint="latest"))
+    ends = [runs.tensors_of(tmp_path / name / "checkpoint-4") for name in ("run", "broken")]
+    assert runs.differing(*ends) == []
 
 
 @pytest.mark.parametrize(

@@ -115,6 +115,7 @@ class TrainingRun:
         self._micro_step, self._nonfinite = 0, 0
         self._saved: set[Path] = set()
         self._resumed_from: Path | None = None
+        self._best: dict[str, float] = {}
         self._tracking: Tracking | None = None
         self._progress: tqdm | None = None
 
@@ -167,6 +168,8 @@ class TrainingRun:
         checkpoint = self._choose_checkpoint(wanted) if wanted else None
         if checkpoint is not None:
             self._load(checkpoint)
+            best = self.run_dir / "best.json"
+            self._best = read_json(best) if best.exists() else {}
             logger.info("resumed from %s", checkpoint)
         if self.accelerator.is_main_process:
             write_description(self.run_dir, self.config, self.accelerator.num_processes, str(self.accelerator.device))
@@ -206,7 +209,7 @@ class TrainingRun:
         for group, configured in zip(self.optimizer.param_groups, settings, strict=True):
             group.update(configured)  # the configuration rules, not the values of the interrupted run
         for name, module in self._state_modules.items():
-            load_model(module, checkpoint / f"{name}.safetensors", device=str(self.accelerator.device))
+            load_model(module, checkpoint / f"{name}.safetensors")
         self.step, self.consumed_samples = state["step"], state["consumed_samples"]
         set_schedule_step(self.lr_scheduler, self.step)
         self.resumed_plan = state["max_train_steps"]
@@ -401,22 +404,18 @@ class TrainingRun:
 
         The best one is named in best.json and is not deleted until a better one exists; None is no score.
         """
-        if score is None or score <= self._best().get("score", float("-inf")):
+        # compared in memory, where every process comes to the same answer
+        if score is None or not score > self._best.get("score", float("-inf")):  # nor is NaN the best
             return
         self.save_checkpoint()
+        self._best = {"step": self.step, "score": score}
         if self.accelerator.is_main_process:
             temporary = self.run_dir / "best.json.tmp"
-            write_json(temporary, {"step": self.step, "score": score})
+            write_json(temporary, self._best)
             temporary.rename(self.run_dir / "best.json")
-        self.accelerator.wait_for_everyone()
-
-    def _best(self) -> dict[str, float]:
-        path = self.run_dir / "best.json"
-        return read_json(path) if path.exists() else {}
 
     def _best_checkpoint(self) -> Path | None:
-        best = self._best()
-        return self.run_dir / f"checkpoint-{best['step']}" if best else None
+        return self.run_dir / f"checkpoint-{self._best['step']}" if self._best else None
 
     def finish(self, pipeline: DiffusionPipeline) -> None:
         """Final checkpoint, the pipeline for `from_pretrained(output_dir)`, logs closed."""
