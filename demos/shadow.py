@@ -29,9 +29,9 @@ from pipelines import image_grid, to_images
 from pipelines.shadow_sdxl import ShadowSDXLPipeline, cast, composite
 from pipelines.shadow_sdxl.evaluation import compute_mean_map, evaluate
 
-CONFIG = Path("configs/shadow_sdxl/small64.yaml")
-VIEW = {"image_size": 64, "camera": (6.0, 7.5), "lights_per_view": 4, "num_workers": 2}
-NUM_TRAIN, NUM_TEST, NUM_SHOWN, LIGHTS = 2000, 128, 8, VIEW["lights_per_view"]
+CONFIG = Path("configs/shadow_sdxl/small48.yaml")
+VIEW = {"image_size": 48, "camera": (6.0, 7.5), "lights_per_view": 4, "num_workers": 2}
+NUM_TRAIN, NUM_TEST, NUM_SHOWN, LIGHTS = 2400, 128, 8, VIEW["lights_per_view"]
 TEST_SEED = 2  # of other objects than those trained on
 FINE = 256  # pixels of the pictures that are shown
 STEPS = (1, 4)
@@ -179,7 +179,7 @@ def write_report(output_dir: Path, pipeline: ShadowSDXLPipeline, metrics: dict) 
         "pipeline(image, theta=30, phi=45, size=4).images[0]</pre>"
     )
     sections = [
-        ("Never seen", report.picture(unseen, "The network works on 64 pixels; the pictures here have 256")),
+        ("Never seen", report.picture(unseen, "The network works on 48 pixels; the pictures here have 256")),
         ("The light turns: phi 0 to 315", report.picture(sweeps["phi"], "phi 0: light on the right; 90: behind")),
         ("The light sinks: theta 0 to 45", report.picture(sweeps["theta"], "theta 0: overhead")),
         ("The light grows: size 2 to 8", report.picture(sweeps["size"], "The larger the light, the softer the edge")),

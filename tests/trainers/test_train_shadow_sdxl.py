@@ -161,16 +161,18 @@ def test_training_from_an_sdxl_checkpoint_on_cached_latents(tmp_path, data):
     write_sdxl(checkpoint)
     folder = Path(data[0].partition("=")[2])
     others = [*data, VALIDATED, f"--model.pretrained_model={checkpoint}", f"--model.vae={checkpoint / 'vae'}"]
-    others += ["--model.raw_output=velocity", "--model.resnet_time_scale_shift=default", "--data.image_size=16"]
+    others += ["--model.raw_output=velocity", "--model.resnet_time_scale_shift=default", "--data.image_size=32"]
     train(tmp_path / "run", *others, max_train_steps=2)
     caches = list((folder / "latents").iterdir())
-    assert [cache.name.rpartition("-")[0] for cache in caches] == ["all-16"]
+    assert [cache.name.rpartition("-")[0] for cache in caches] == ["all-32"]
     encoded = {file: file.stat().st_mtime_ns for file in caches[0].iterdir()}
     train(tmp_path / "again", *others, max_train_steps=2)
     assert {file: file.stat().st_mtime_ns for file in caches[0].iterdir()} == encoded
     ends = [runs.tensors_of(tmp_path / name / "checkpoint-2") for name in ("run", "again")]
     assert runs.differing(*ends) == []
-    assert ShadowSDXLPipeline.from_pretrained(tmp_path / "run").vae.config.scaling_factor != 0.18215
+    pipeline = ShadowSDXLPipeline.from_pretrained(tmp_path / "run")
+    assert pipeline.vae.config.scaling_factor != 0.18215
+    assert pipeline.resolution == 32  # what it was trained on, not the checkpoint's 16
 
 
 def test_cached_latents_train_like_pictures_encoded_on_the_way(tmp_path, data, vae):
@@ -256,8 +258,13 @@ def test_what_is_wrong_with_data_or_model_is_one_line(tmp_path, data):
         train(tmp_path / "run", *same)
     with pytest.raises(SystemExit, match=r"^data: .*none"):
         train(tmp_path / "run", f"--data.path={tmp_path / 'none'}")
-    with pytest.raises(SystemExit, match=r"^model: .*"):
-        train(tmp_path / "run", *data, "--model.norm_num_groups=7")
+    for key, message in {
+        "model.norm_num_groups=7": "num_channels",
+        "data.image_size=15": "data.image_size 15 is no multiple",
+        "data.image_size=12": "`sample_size` 6 cannot be halved 2 times",
+    }.items():
+        with pytest.raises(SystemExit, match=f"^model: .*{message}"):
+            train(tmp_path / key[:8], *data, f"--{key}")
     benchmark = write_tar(tmp_path / "benchmark.tar", "softness_control_", num_objects=3)
     with pytest.raises(SystemExit, match=r"^data: .*evaluation data \(softness_control\), never to be trained on"):
         train(tmp_path / "run", f"--data.path={benchmark}")
