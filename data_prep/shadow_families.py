@@ -131,14 +131,14 @@ def star(rng: np.random.Generator) -> trimesh.Trimesh:
     points = int(rng.integers(4, 10))
     radii = np.tile([1.0, rng.uniform(0.3, 0.7)], points)
     hole = rng.uniform(0.1, 0.2) if coin(rng, 0.3) else 0.0
-    return extruded(polar_polygon(radii, hole), rng.uniform(0.1, 0.6), standing=coin(rng, 0.7))
+    return extruded(polar_polygon(radii, hole), rng.uniform(0.1, 0.6), standing=coin(rng, 0.9))
 
 
 def gear(rng: np.random.Generator) -> trimesh.Trimesh:
     teeth = int(rng.integers(7, 18))
     root = rng.uniform(0.7, 0.88)
     radii = np.tile([root, root, 1.0, 1.0], teeth)
-    return extruded(polar_polygon(radii, rng.uniform(0.12, 0.55)), rng.uniform(0.12, 0.5), standing=coin(rng, 0.7))
+    return extruded(polar_polygon(radii, rng.uniform(0.12, 0.55)), rng.uniform(0.12, 0.5), standing=coin(rng, 0.9))
 
 
 def prism(rng: np.random.Generator) -> trimesh.Trimesh:
@@ -148,7 +148,7 @@ def prism(rng: np.random.Generator) -> trimesh.Trimesh:
     polygon = polar_polygon(radii)
     if coin(rng, 0.4):
         polygon = polygon.difference(polygon.buffer(-rng.uniform(0.1, 0.2), join_style="mitre"))
-    return extruded(polygon, rng.uniform(0.1, 1.2), standing=coin(rng))
+    return extruded(polygon, rng.uniform(0.1, 1.2), standing=coin(rng, 0.8))
 
 
 def glyph_polygon(character: str) -> shapely.Polygon:
@@ -168,7 +168,7 @@ def glyph_polygon(character: str) -> shapely.Polygon:
 
 def glyph(rng: np.random.Generator) -> trimesh.Trimesh:
     character = str(rng.choice(list("ABCDEFGHJKLMNPQRSTUVWXYZ23456789&$?@#abdefghkmnpqrstwyz")))
-    return extruded(glyph_polygon(character), rng.uniform(0.12, 0.45), standing=coin(rng, 0.7))
+    return extruded(glyph_polygon(character), rng.uniform(0.12, 0.45), standing=coin(rng, 0.9))
 
 
 def ring(rng: np.random.Generator) -> trimesh.Trimesh:
@@ -185,7 +185,7 @@ def ring(rng: np.random.Generator) -> trimesh.Trimesh:
         other.apply_transform(trimesh.transformations.rotation_matrix(np.pi / 2, [1, 0, 0]))
         other.apply_translation([rng.uniform(0, 1), 0, 0])
         mesh = joined([mesh, other])
-    if coin(rng, 0.7):
+    if coin(rng, 0.85):
         mesh.apply_transform(trimesh.transformations.rotation_matrix(np.pi / 2, [1, 0, 0]))
     return mesh
 
@@ -399,5 +399,5 @@ FAMILIES: dict[str, Callable[[np.random.Generator], trimesh.Trimesh]] = {
     )
 }
 # How often an object keeps its design pose; otherwise it is dropped.
-UPRIGHT = {"table": 0.85, "chair": 0.85, "lamp": 0.85, "tree": 0.85, "mug": 0.7, "ladder": 0.85}
-UPRIGHT_ELSEWHERE = 0.7
+UPRIGHT = {"table": 0.85, "chair": 0.85, "lamp": 0.85, "tree": 0.85, "mug": 0.85, "ladder": 0.85}
+UPRIGHT_ELSEWHERE = 0.85

@@ -5,8 +5,7 @@
     ... --resume_from_checkpoint latest        continue where it stopped
     ... --objective.name shortcut              the network also learns how long its step is
 
-DIR is what data_prep.render_shadows writes. Top to bottom: what can be set, the loss of one micro-batch, validation,
-the loop. See also trainers/objectives.
+DIR is what data_prep.render_shadows writes; the mathematics of the losses is in trainers/objectives.
 """
 
 from __future__ import annotations
@@ -102,8 +101,8 @@ class Config(RunConfig):
             raise ValueError("`model.vae` is null, but a pretrained SDXL works on a VAE's latents")
         if name not in ("flow", "shortcut") and model.raw_output != "velocity":
             raise ValueError(f"`model.raw_output` must be velocity: {name} defines the output itself")
-        if name == "shortcut" and self.objective.pixel_weight:
-            raise ValueError("`objective.pixel_weight` must be 0: a shortcut's rows are not decoded")
+        if name in ("shortcut", "epsilon") and self.objective.pixel_weight:
+            raise ValueError(f"`objective.pixel_weight` must be 0: {name} gives no clean sample worth decoding")
         if name == "shortcut" and self.training.train_batch_size < 2:
             raise ValueError("`training.train_batch_size` must be at least 2 for shortcut: rows of two kinds")
         if name == "shortcut" and self.shortcut.teacher == "ema" and not self.training.use_ema:
@@ -200,7 +199,8 @@ def open_data(config: Config, accelerator):
             with accelerator.main_process_first():
                 train = data_prep.open_latents(train, model.vae, device=accelerator.device, pixels=pixels)
         count = min(config.validation.num_samples, len(held_out))
-        return train, [held_out[i * len(held_out) // count] for i in range(count)]
+        rows = [i * len(held_out) // count for i in range(count)] if accelerator.is_main_process else []
+        return train, [held_out[row] for row in rows]
     except (OSError, ValueError) as error:
         raise SystemExit(f"data: {error}") from error
 

@@ -29,8 +29,8 @@ from pipelines.shadow_sdxl.pipeline import ShadowSDXLPipeline
 
 MIN_THETA = 12.0  # degrees; a light nearer to the zenith gives a shadow no direction
 SHUFFLE_DEGREES = 120.0
-SWEEP_SIZES = (2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0)
-SWEEP_SAMPLES = 8  # for the seam and the sweep of sizes
+SWEEP_SIZES = (2.0, 4.0, 6.0, 8.0)
+SWEEP_SAMPLES = 32  # for the seam and the sweep of sizes
 
 Items = Sequence[Mapping[str, Tensor | float]]
 

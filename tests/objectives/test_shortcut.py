@@ -53,6 +53,31 @@ def test_steps_stay_inside_the_unit_interval(preset):
         assert (draws.step_size[boot] >= 1 / 128 - 1e-7).all()
 
 
+def test_a_share_of_the_flow_rows_starts_at_noise_alone():
+    config = ObjectiveConfig(pure_noise_prob=0.6, bootstrap_fraction=0.5)
+    draws = draw(torch.zeros(4000, 1), config)
+    at_noise = (draws.t[draws.num_bootstrap :] == 0).float().mean()
+    assert at_noise == pytest.approx(0.6, abs=0.04)
+    assert (draws.step_size[draws.num_bootstrap :] == 0).all()
+
+
+def test_sigma_squared_weighs_rows_by_the_noise_that_is_left():
+    torch.manual_seed(0)
+    data, results = torch.zeros(8, 2), []
+    for weighting in ("none", "sigma_squared"):
+        config = ObjectiveConfig(loss_weighting=weighting, target_clip=None, condition_dropout_prob=0)
+        draws = draw(data, config)
+        draws.noise, draws.t = torch.ones(8, 2), torch.full((8,), 0.75)
+
+        def off_by_two(sample, t, step_size, conditions):
+            return torch.full_like(sample, 1.0)  # the exact velocity is -1
+
+        zeros = torch.zeros(8)
+        results.append(shortcut_loss(off_by_two, off_by_two, data, zeros, zeros, draws, config)[1])
+    assert results[0]["loss_flow"] == pytest.approx(4)
+    assert results[1]["loss_flow"] == pytest.approx(4 / 16)
+
+
 def test_mixture_always_trains_the_one_step_row():
     for size in (16, 64, 128):
         for seed in range(20):

@@ -270,6 +270,13 @@ def test_what_is_wrong_with_data_or_model_is_one_line(tmp_path, data):
         train(tmp_path / "run", f"--data.path={benchmark}")
 
 
+def test_an_attention_backend_that_would_be_ignored_is_refused(tmp_path, data, capsys):
+    """A UNet's attention calls torch directly."""
+    with pytest.raises(SystemExit):
+        train(tmp_path / "run", *data, attention_backend="_native_math")
+    assert "no attention of this network can be switched" in capsys.readouterr().err
+
+
 def test_every_configuration_of_the_house_loads():
     for path in sorted((runs.ROOT / "configs/shadow_sdxl").glob("*.yaml")):
         config = load_config(train_shadow_sdxl.Config, ["--config", str(path)])

@@ -16,6 +16,9 @@ def configure_network(model: ModelMixin, config: TrainingConfig, dtype: torch.dt
     if config.attention_backend != "native":
         try:
             model.set_attention_backend(config.attention_backend)
+            processors = (getattr(module, "processor", None) for module in model.modules())
+            if not any(getattr(processor, "_attention_backend", None) for processor in processors):
+                raise ValueError("no attention of this network can be switched")
             try_attention(config.attention_backend, next(model.parameters()).device, dtype)
         except (ValueError, RuntimeError, ImportError, NotImplementedError) as error:
             reason = str(error).partition("\n")[0] or type(error).__name__

@@ -57,6 +57,8 @@ class ObjectiveConfig(Section):
     """Continuous rows: log d uniform in [1/M, 1], then t uniform in [0, 1-d]; or t uniform, then d in [1/M, 1-t]."""
     flow_times: Literal["uniform", "lattice"] = "uniform"
     """Times of the flow rows: uniform in [0, 1), or multiples of 1/M."""
+    pure_noise_prob: float = Field(0.0, ge=0, le=1)
+    """Share of the flow rows at exactly t = 0, where a single step starts."""
     smallest_step: Literal["zero", "lattice", "none"] = "zero"
     """How the flow rows and steps of at most 1/M name their step size: d = 0, or d = 1/M; `none`: flow rows d = 0,
     while a small step keeps its own size (nothing then ties it to the flow)."""

@@ -65,6 +65,8 @@ def draw(data: Sample, config: ObjectiveConfig, part: int = 0, num_parts: int = 
     flow_t = torch.rand(batch - num_bootstrap, device=device)
     if config.flow_times == "lattice":
         flow_t = torch.floor(flow_t * config.denoise_timesteps) / config.denoise_timesteps
+    if config.pure_noise_prob:
+        flow_t = torch.where(torch.rand_like(flow_t) < config.pure_noise_prob, 0.0, flow_t)
     drop = torch.rand(batch, device=device) < config.condition_dropout_prob
     if not config.dropout_on_bootstrap:
         # An unconditional model drops everything, everywhere.
