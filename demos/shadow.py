@@ -163,8 +163,8 @@ def write_report(output_dir: Path, pipeline: ShadowSDXLPipeline, metrics: dict) 
         f"direction wrong by {metrics['direction_error_deg']:.1f} degrees (median)."
     )
     note = (
-        f"<p>Mean over {metrics['num_samples']} maps (theta 12 to 45) and {NUM_DRAWS} noises; ZNCC, IoU, SSIM: higher is "
-        "better. The "
+        f"<p>Mean over {metrics['num_samples']} maps (theta 12 to 45) and {NUM_DRAWS} noises; ZNCC, IoU, SSIM: "
+        "higher is better. The "
         "last row tells the network the wrong direction. All zeros: what a black picture scores; mean map: the mean of "
         f"the training shadows. Largest difference between phi = 0 and 360: {metrics['seam']:.1e}. Width of the "
         f"penumbra for sizes {', '.join(map(str, metrics['size_sweep']['sizes']))}: {widths} pixels.</p>"
