@@ -9,7 +9,7 @@ import difflib
 import reprlib
 import sys
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import ClassVar, Literal, TypeVar
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -67,8 +67,8 @@ class TrainingConfig(Section):
     """Decay biases, norms and embeddings too."""
     use_8bit_adam: bool = False
     """AdamW with 8-bit state (bitsandbytes; pip install 'backlot[gpu]')."""
-    max_grad_norm: float | None = Field(1.0, gt=0)
-    """Clip the gradient's norm; null only measures it."""
+    max_grad_norm: float | None = Field(1.0, ge=0)
+    """Clip the gradient's norm; null or 0 only measures it."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """A NaN or infinite loss or gradient never reaches the weights: `stop` ends the run (exit code 3)."""
     max_nonfinite_skips: int = Field(10, ge=1)
@@ -122,6 +122,8 @@ class RunConfig(BaseSettings):
     model_config = SettingsConfigDict(
         extra="forbid", frozen=True, use_attribute_docstrings=True, cli_parse_none_str="null", cli_avoid_json=True
     )
+    aliases: ClassVar[dict[str, str]] = {}
+    """Further names on the command line, and the keys they stand for."""
     training: TrainingConfig
 
     @classmethod
@@ -145,7 +147,7 @@ def load_config(config_class: type[ConfigT], argv: list[str] | None = None) -> C
     """
     argv = sys.argv[1:] if argv is None else list(argv)
     keys = _keys(config_class)
-    files, overrides, problems = _split_arguments(argv, keys)
+    files, overrides, problems = _split_arguments(argv, keys, config_class.aliases)
     values: dict = {}
     for file in files:
         _merge(values, _read_yaml(file, problems))
@@ -178,7 +180,9 @@ def _keys(model: type[BaseModel], prefix: str = "") -> list[str]:
     return keys
 
 
-def _split_arguments(argv: list[str], keys: list[str]) -> tuple[list[str], list[str], list[str]]:
+def _split_arguments(
+    argv: list[str], keys: list[str], aliases: dict[str, str]
+) -> tuple[list[str], list[str], list[str]]:
     """Separate --config files from overrides, spell out short keys, and collect what is not understood."""
     files, overrides, problems = [], [], []
     arguments = iter(argv)
@@ -190,6 +194,7 @@ def _split_arguments(argv: list[str], keys: list[str]) -> tuple[list[str], list[
             problems.append(f"unexpected argument {argument!r} (expected --key value)")
             continue
         name, equals, value = argument[2:].partition("=")
+        name = aliases.get(name, name)
         if not equals:
             value = next(arguments, None)
         if value is None:

@@ -26,7 +26,7 @@ class Meter:
         self._since = time.perf_counter()
 
     def add(self, metrics: dict[str, Tensor]) -> None:
-        """The scalars of one micro-batch."""
+        """What one micro-batch has to say: scalars, or pairs (sum, number of rows) of a part that may be empty."""
         for name, value in metrics.items():
             self.sums[name] = self.sums[name] + value if name in self.sums else value
         self.micro_batches += 1
@@ -71,15 +71,23 @@ class Meter:
         self.restart_clock()
         return row
 
-    def _means(self) -> dict[str, float]:
-        names = sorted(self.sums)
+    def _totals(self, sums: dict[str, Tensor]) -> dict[str, float | list[float]]:
+        """Means over the processes, by one reduction and one host transfer."""
+        names = sorted(sums)
         if not names:
             return {}
-        totals = self.accelerator.reduce(torch.stack([self.sums[name].double() for name in names]), "mean").tolist()
-        return {
-            name: total / (self.updates if name == "grad_norm" else self.micro_batches)
-            for name, total in zip(names, totals, strict=True)
-        }
+        flat = torch.cat([sums[name].double().reshape(-1) for name in names])
+        numbers = iter(self.accelerator.reduce(flat, "mean").tolist())
+        return {name: [next(numbers) for _ in sums[name]] if sums[name].ndim else next(numbers) for name in names}
+
+    def _means(self) -> dict[str, float]:
+        row = {}
+        for name, total in self._totals(self.sums).items():
+            if isinstance(total, float):
+                row[name] = total / (self.updates if name == "grad_norm" else self.micro_batches)
+            elif total[1]:
+                row[name] = total[0] / total[1]
+        return row
 
     def state(self) -> dict:
         """The unfinished interval, so that a resumed run logs the same rows; called by all processes.
@@ -87,14 +95,7 @@ class Meter:
         Without the micro-batches of an update that a stop cut short: they are drawn again.
         """
         sums, micro_batches = self._complete
-        names = sorted(sums)
-        if names:
-            totals = self.accelerator.reduce(torch.stack([sums[n].double() for n in names]), "mean").tolist()
-        return {
-            "micro_batches": micro_batches,
-            "updates": self.updates,
-            "sums": dict(zip(names, totals, strict=True)) if names else {},
-        }
+        return {"micro_batches": micro_batches, "updates": self.updates, "sums": self._totals(sums)}
 
     def load(self, state: dict) -> None:
         """Take up an interval from `state`."""

@@ -152,6 +152,10 @@ class TrainingRun:
         part = self._micro_step * processes + self.accelerator.process_index
         return part, self.training.gradient_accumulation_steps * processes
 
+    def shared_generator(self) -> torch.Generator:
+        """A fresh CPU generator for this micro-batch, the same on every process: for coins that all must share."""
+        return torch.Generator().manual_seed(derive_seed(self.training.seed, self.step, self._micro_step))
+
     @property
     def inference_model(self) -> ModelMixin:
         """What validation and the exported pipeline use: the EMA, or the live weights without one."""
@@ -255,7 +259,7 @@ class TrainingRun:
 
         Args:
             loss: scalar with gradient, the mean over this micro-batch.
-            metrics: detached scalars, the same keys every time; logged as means.
+            metrics: detached scalars, or pairs (sum, number of rows), the same keys every time; logged as means.
         """
         detached = loss.detach()
         # A non-finite loss makes every gradient NaN, on every process, whatever its own gradient was.

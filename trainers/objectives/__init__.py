@@ -3,5 +3,5 @@
 import lazy_loader
 
 __getattr__, __dir__, __all__ = lazy_loader.attach(
-    __name__, submodules=["denoising", "distillation", "rectified_flow", "reflow", "settings", "shortcut"]
+    __name__, submodules=["denoising", "distillation", "rectified_flow", "reflow", "scene", "settings", "shortcut"]
 )

@@ -30,8 +30,8 @@ def leaves(sample: Sample) -> list[Tensor]:
 
 
 def per_row(values: Tensor, like: Tensor) -> Tensor:
-    """(B,) -> (B, 1, ..., 1), ready to multiply a (B, ...) tensor."""
-    return values.reshape(-1, *(1,) * (like.ndim - 1)).to(like.dtype)
+    """(B,) -> (B, 1, ..., 1), ready to multiply a (B, ...) tensor; (B, N) for a (B, N, ...) tensor likewise."""
+    return values.reshape(*values.shape, *(1,) * (like.ndim - values.ndim)).to(like.dtype)
 
 
 def take(sample: Sample, rows: Tensor | slice) -> Sample:
@@ -69,9 +69,16 @@ def euler_step(sample: Sample, velocity: Sample, step_size: Tensor) -> Sample:
     return tree_map(lambda x, v: x + per_row(step_size, x) * v, sample, velocity)
 
 
+def squared_difference(prediction: Tensor, target: Tensor) -> Tensor:
+    """Elementwise (prediction - target)^2, at least in float32."""
+    if prediction.dtype in (torch.float16, torch.bfloat16):
+        prediction = prediction.float()
+    return (prediction - target.to(prediction.dtype)).square()
+
+
 def squared_error(prediction: Sample, target: Sample) -> Tensor:
-    """(B,) mean squared error of each row, in float32; modalities of a dict weigh alike."""
-    errors = tree_map(lambda p, y: (p.float() - y.float()).square().flatten(1).mean(1), prediction, target)
+    """(B,) mean squared error of each row, at least in float32; modalities of a dict weigh alike."""
+    errors = tree_map(lambda p, y: squared_difference(p, y).flatten(1).mean(1), prediction, target)
     return torch.stack(leaves(errors)).mean(0)
 
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, TypeAdapter, model_validator
 
 from trainers.common.config import Section
 
 Objective = Literal[
     "shortcut", "flow_matching", "progressive", "consistency", "consistency_distillation", "live_reflow"
 ]
+
+SCENE_MODALITIES = ("6drotation_normalized", "scale", "shape", "translation", "translation_scale")
 
 # A preset fills these keys; keys given beside it win. `mixture` is the set of class defaults below.
 PRESETS = {
@@ -131,3 +133,136 @@ class NoiseLevelConfig(Section):
         if not all(0 < sigma <= 1 for sigma in self.discrete_sigmas):
             raise ValueError(f"`discrete_sigmas` must lie in (0, 1], got {self.discrete_sigmas}")
         return self
+
+
+# SAM 3D Objects' public loss class as it stands, every switch at once; `corrected` is the set of class defaults below.
+SCENE_RULES = {
+    "corrected": {},
+    "reference": {
+        "t_sampling": "free",
+        "d_ladder": "reference",
+        "finest_teacher": "literal",
+        "cfg_target": "all",
+        "cfg_partial_all_modalities": True,
+        "sc_cond_dropout": True,
+        "teacher": "live",
+        "count": "floor",
+        "normalise": "split",
+        "sync_draws": False,
+    },
+}
+
+
+class SceneObjectiveConfig(Section):
+    """The shortcut objective on scenes; a row is a scene (mode `scene`) or an object (mode `object`)."""
+
+    rules: Literal["corrected", "reference"] = "corrected"
+    """`reference` sets the switches marked (R) as SAM 3D Objects' code has them; keys given beside it win."""
+    mode: Literal["scene", "object"] = "scene"
+    """Rows that share a time, a step size and all coins: whole scenes, or single objects."""
+    batch_mode: bool | None = None
+    """The guide's name of mode: true for scene, false for object; wins over it."""
+    independent_t: bool = False
+    """Objects of a scene draw times of their own on flow rows (completion and editing)."""
+    self_consistency_prob: float = Field(0.25, ge=0, le=1)
+    """Share of rows that learn self-consistency; 0 trains plain flow matching."""
+    shortcut_loss_weight: float = Field(1.0, ge=0)
+    """Weight of the self-consistency loss."""
+    guidance_scale: float = Field(4.0, ge=1)
+    """Guidance of self-consistency targets; 1 for none."""
+    cfg_strength: float | None = Field(None, ge=0)
+    """The guide's name of guidance_scale - 1; wins over it."""
+    ratio_cfg_samples: float = Field(0.5, ge=0, le=1)
+    """Share of the rows that could be guided which are; a network learns the mean of both."""
+    cfg_modalities: list[str] = ["shape"]
+    """Modalities that guidance changes."""
+    fm_in_shortcut_target_prob: float = Field(0.0, ge=0, le=1)
+    """Chance that all half steps of a batch are asked for as infinitesimal."""
+    fm_eps_max: float = Field(0.0, ge=0, lt=1)
+    """Flow rows name a step size uniform in [0, fm_eps_max] instead of 0."""
+    sigma_min: float = Field(0.0, ge=0, lt=0.1)
+    """Noise left at t = 1."""
+    time_law: Literal["uniform", "logit_normal"] = "uniform"
+    """Of t on flow rows (and on all rows with t_sampling free)."""
+    logit_mean: float = 0.0
+    """Of the normal variable whose sigmoid is t; the released SAM 3D configuration has -1."""
+    logit_std: float = Field(1.0, gt=0)
+    pure_noise_prob: float = Field(0.0, ge=0, le=1)
+    """Share of the flow rows at exactly t = 0, where a single step starts."""
+    fm_warmup_steps: int = Field(0, ge=0)
+    """Updates of flow matching alone before self-consistency begins."""
+    pairing: Literal["none", "hungarian"] = "none"
+    """Assign each scene's objects to its noise so that translations travel least; straightens the flow."""
+    loss_weights: dict[str, float] = {
+        "shape": 1.0,
+        "translation": 1.0,
+        "6drotation_normalized": 0.1,
+        "scale": 0.1,
+        "translation_scale": 0.0,
+    }
+    """Of each modality."""
+    reduction: Literal["scene", "object"] = "scene"
+    """Whether scenes or objects weigh alike, over all processes."""
+    target_clip: float | None = Field(None, gt=0)
+    """Bound on the intermediate point and on self-consistency targets; null for none."""
+    t_sampling: Literal["aligned", "free"] = "aligned"
+    """(R) Start of a step of length D: a multiple of D below 1, or the law of t, which reaches beyond the data."""
+    d_ladder: Literal["corrected", "reference"] = "corrected"
+    """(R) Step sizes D: 1 ... 1/64, or 2 ... 1/64."""
+    finest_teacher: Literal["flow", "literal"] = "flow"
+    """(R) The half step of 1/128 is asked for as infinitesimal (0), or by its own size, which is never trained."""
+    cfg_target: Literal["base", "all"] = "base"
+    """(R) Guidance at the finest step alone, whence it spreads, or at every one, where it compounds."""
+    cfg_partial_all_modalities: bool = False
+    """(R) When only some rows are guided, guide all their modalities."""
+    sc_cond_dropout: bool = False
+    """(R) One coin drops the condition of a whole batch, self-consistency rows included; else each flow row's own."""
+    condition_dropout_prob: float = Field(0.1, ge=0, le=1)
+    """Chance that a row loses its condition, so that guidance works; 1 trains an unconditional model."""
+    teacher: Literal["ema", "live"] = "ema"
+    """(R) Whose half steps are the target."""
+    count: Literal["stochastic", "floor"] = "stochastic"
+    """(R) Rounding of the number of self-consistency rows; `floor` never reaches a batch of three."""
+    normalise: Literal["rows", "split"] = "rows"
+    """(R) One mean over all rows, or the sum of a mean for each kind."""
+    sync_draws: bool = True
+    """(R) All processes draw the same coins and step sizes, so none waits for another; noise and t are their own."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_from_rules(cls, values: object) -> object:
+        if not isinstance(values, dict):
+            return values
+        rules, strength, batch_mode = (values.get(key) for key in ("rules", "cfg_strength", "batch_mode"))
+        if isinstance(rules, str) and rules in SCENE_RULES:
+            values = {**SCENE_RULES[rules], **values}
+        if strength is not None:
+            values = values | {"guidance_scale": 1 + TypeAdapter(float).validate_python(strength)}
+        if batch_mode is not None:
+            values = values | {"mode": "scene" if TypeAdapter(bool).validate_python(batch_mode) else "object"}
+        return values
+
+    @model_validator(mode="after")
+    def _check(self) -> SceneObjectiveConfig:
+        for key, names in (("loss_weights", self.loss_weights), ("cfg_modalities", self.cfg_modalities)):
+            unknown = sorted(set(names) - set(SCENE_MODALITIES))
+            if unknown:
+                raise ValueError(f"`{key}` names {', '.join(unknown)}; modalities are {', '.join(SCENE_MODALITIES)}")
+        if self.independent_t and self.mode == "object":
+            raise ValueError("`independent_t` is for mode scene: an object alone has a time of its own anyway")
+        if self.pairing == "hungarian" and self.mode == "object":
+            raise ValueError("`pairing` hungarian is for mode scene: an object alone has one slot")
+        return self
+
+    # ---- what objectives.shortcut calls these ----
+
+    denoise_timesteps: ClassVar[int] = 128
+    levels: ClassVar[int] = 7  # D = 1, 1/2, ..., 1/64
+
+    @property
+    def path_eps(self) -> float:
+        return self.sigma_min
+
+    @property
+    def bootstrap_guidance_scale(self) -> float | None:
+        return self.guidance_scale if self.guidance_scale > 1 else None

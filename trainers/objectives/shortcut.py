@@ -32,7 +32,7 @@ from trainers.objectives.rectified_flow import (
     velocity_target,
     where_rows,
 )
-from trainers.objectives.settings import ObjectiveConfig
+from trainers.objectives.settings import ObjectiveConfig, SceneObjectiveConfig
 
 
 @dataclass
@@ -46,6 +46,9 @@ class Draws:
     rows: Tensor  # (B,) which sample of the data each row uses
     num_bootstrap: int
     guidable: list[int]  # bootstrap rows whose half steps can be small enough to be guided
+    queried: Tensor | None = None  # (num_bootstrap,) step size named to the half steps; None: by config.smallest_step
+    guided: Tensor | None = None  # (len(guidable),) bool, which of these rows are guided; None: those with small steps
+    guided_modalities: tuple[str, ...] | None = None  # of a dict, entries that guidance changes; None: all
 
 
 def draw(data: Sample, config: ObjectiveConfig, part: int = 0, num_parts: int = 1) -> Draws:
@@ -162,7 +165,12 @@ def draw_continuous(num_rows: int, config: ObjectiveConfig, device: torch.device
 
 
 def bootstrap_targets(
-    teacher: Network, noisy: Sample, draws: Draws, conditions: Sample, null_conditions: Sample, config: ObjectiveConfig
+    teacher: Network,
+    noisy: Sample,
+    draws: Draws,
+    conditions: Sample,
+    null_conditions: Sample,
+    config: ObjectiveConfig | SceneObjectiveConfig,
 ) -> Sample:
     """The mean of two half steps of the teacher from `noisy`, for the bootstrap rows (all arguments hold only those).
 
@@ -171,11 +179,14 @@ def bootstrap_targets(
     t, half = draws.t[: draws.num_bootstrap], draws.step_size[: draws.num_bootstrap] / 2
     # The slack forgives rounding: a half step of 1/M must be found whatever the arithmetic that halved it.
     small = half <= (1 + 1e-4) / config.denoise_timesteps
-    queried = half if config.smallest_step == "none" else torch.where(small, config.flow_step_size, half)
-    scale = config.bootstrap_guidance_scale
+    queried = draws.queried
+    if queried is None:
+        queried = half if config.smallest_step == "none" else torch.where(small, config.flow_step_size, half)
+    scale, chosen = config.bootstrap_guidance_scale, draws.guided_modalities
     guidable = None
     if scale is not None and draws.guidable:
         guidable = torch.tensor(draws.guidable).to(t.device, non_blocking=True)
+        guided_rows = small[guidable] if draws.guided is None else draws.guided
 
     def velocity(x: Sample, t: Tensor) -> Sample:
         if guidable is None:
@@ -185,14 +196,45 @@ def bootstrap_targets(
         conditional = take(prediction, slice(0, len(t)))
         null = take(prediction, slice(len(t), None))
         guided = tree_map(lambda n, c: n + scale * (c - n), null, take(conditional, guidable))
-        guided = where_rows(small[guidable], guided, take(conditional, guidable))
-        return tree_map(lambda c, g: c.index_copy(0, guidable, g.to(c.dtype)), conditional, guided)
+        guided = where_rows(guided_rows, guided, take(conditional, guidable))
+        replaced = tree_map(lambda c, g: c.index_copy(0, guidable, g.to(c.dtype)), conditional, guided)
+        return replaced if chosen is None else {k: replaced[k] if k in chosen else conditional[k] for k in replaced}
 
     with torch.no_grad():
         first = velocity(noisy, t)
         midpoint = clip(euler_step(noisy, first, half), config.target_clip)
         second = velocity(midpoint, t + half)
         return clip(tree_map(lambda a, b: (a + b) / 2, first, second), config.target_clip)
+
+
+def regress(
+    network: Network,
+    teacher: Network,
+    data: Sample,
+    conditions: Sample,
+    null_conditions: Sample,
+    draws: Draws,
+    config: ObjectiveConfig | SceneObjectiveConfig,
+) -> tuple[Sample, Sample]:
+    """Prediction and target of every row, bootstrap rows first, by one forward pass of the network.
+
+    Args:
+        network, teacher: called as (sample, t, step_size, conditions); the teacher gets no gradient.
+        data: (B, ...) clean samples. conditions, null_conditions: (B, ...) each row's condition and "none".
+        draws: the batch's randomness, see `draw`.
+    """
+    boot = slice(0, draws.num_bootstrap)
+    data, conditions, null_conditions = (take(x, draws.rows) for x in (data, conditions, null_conditions))
+    conditions = where_rows(draws.drop, null_conditions, conditions)
+    noisy = interpolate(draws.noise, data, draws.t, config.path_eps)
+    target = velocity_target(draws.noise, data, config.path_eps)
+    if draws.num_bootstrap:
+        bootstrap = bootstrap_targets(
+            teacher, take(noisy, boot), draws, take(conditions, boot), take(null_conditions, boot), config
+        )
+        flow = take(target, slice(draws.num_bootstrap, None))
+        target = concatenate(tree_map(lambda b, f: b.to(f.dtype), bootstrap, flow), flow)
+    return network(noisy, draws.t, draws.step_size, conditions), target
 
 
 def shortcut_loss(
@@ -204,28 +246,13 @@ def shortcut_loss(
     draws: Draws,
     config: ObjectiveConfig,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Flow matching and self-consistency in one forward pass of the network.
-
-    Args:
-        network, teacher: called as (sample, t, step_size, conditions); the teacher gets no gradient.
-        data: (B, ...) clean samples. conditions, null_conditions: (B, ...) each row's condition and "none".
-        draws: the batch's randomness, see `draw`.
+    """Flow matching and self-consistency of a batch whose rows weigh alike; arguments as in `regress`.
 
     Returns:
         The scalar loss, and detached scalars to log.
     """
-    boot = slice(0, draws.num_bootstrap)
-    flow = slice(draws.num_bootstrap, None)
-    data, conditions, null_conditions = (take(x, draws.rows) for x in (data, conditions, null_conditions))
-    conditions = where_rows(draws.drop, null_conditions, conditions)
-    noisy = interpolate(draws.noise, data, draws.t, config.path_eps)
-    flow_target = velocity_target(take(draws.noise, flow), take(data, flow), config.path_eps)
-    bootstrap_target = bootstrap_targets(
-        teacher, take(noisy, boot), draws, take(conditions, boot), take(null_conditions, boot), config
-    )
-    target = concatenate(tree_map(lambda b, f: b.to(f.dtype), bootstrap_target, flow_target), flow_target)
-
-    prediction = network(noisy, draws.t, draws.step_size, conditions)
+    prediction, target = regress(network, teacher, data, conditions, null_conditions, draws, config)
+    boot, flow = slice(0, draws.num_bootstrap), slice(draws.num_bootstrap, None)
     errors = squared_error(prediction, target)
     if config.loss_weighting == "sigma_squared":
         errors = errors * (1 - draws.t).square()
@@ -233,7 +260,7 @@ def shortcut_loss(
     metrics = {"loss_flow": errors[flow].mean().detach(), "loss_bootstrap": errors[boot].mean().detach()}
     if config.target_clip is not None:
         # More than a percent here means that the data's range does not fit the clip.
-        outside = [(x.abs() > config.target_clip).float().mean() for x in leaves(flow_target)]
+        outside = [(x.abs() > config.target_clip).float().mean() for x in leaves(take(target, flow))]
         metrics["flow_target_outside_clip"] = torch.stack(outside).mean()
     return loss, metrics
 

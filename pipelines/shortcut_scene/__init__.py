@@ -1,0 +1,16 @@
+"""Whole 3D scenes from noise, objects aware of one another: networks, codec, pipeline. Names load on first use."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "codec": ["MODALITIES", "PoseCodec", "opencv_from_pytorch3d", "rotation_6d", "rotation_matrix"],
+        "evaluation": ["evaluate", "generate"],
+        "meshes": ["assemble", "export", "load_scene", "mesh_from_logits", "mesh_from_occupancy", "place"],
+        "pipeline": ["ShortcutScenePipeline", "ShortcutScenePipelineOutput"],
+        "rendering": ["Camera", "object_color", "render", "render_scene"],
+        "transformer": ["PRESETS", "SceneShortcutTransformer"],
+        "vae": ["OccupancyVAE"],
+    },
+)

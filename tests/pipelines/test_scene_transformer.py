@@ -1,0 +1,300 @@
+"""SceneShortcutTransformer: who sees whom, padding, order, and what a new layer does before it has learnt anything."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from pipelines.shortcut_scene import PRESETS, SceneShortcutTransformer
+
+TINY = {
+    "shape_tokens": 8,
+    "shape_channels": 5,
+    "hidden_size": 32,
+    "num_layers": 3,  # object, scene, object
+    "num_attention_heads": 2,
+    "condition": "image",
+    "condition_channels": 6,
+    "image_size": 16,
+}
+WIDTHS = {"6drotation_normalized": (1, 6), "scale": (1, 3), "shape": (8, 5), "translation": (1, 3)}
+SCENE = [{"scene_attention": "full"}, {"scene_attention": "pose"}, {"scene_attention": "pose", "num_registers": 0}]
+
+
+def create(trained: bool = True, **config) -> SceneShortcutTransformer:
+    """A tiny network; `trained` moves every weight, so that nothing is 0 by initialisation."""
+    torch.manual_seed(0)
+    network = SceneShortcutTransformer(**TINY | config).eval()
+    if trained:
+        with torch.no_grad():
+            for parameter in network.parameters():
+                parameter += 0.1 * torch.randn_like(parameter)
+    return network
+
+
+def make(
+    batch: int = 3, num_objects: int = 4, seed: int = 1, **widths
+) -> tuple[dict, torch.Tensor, torch.Tensor, dict]:
+    torch.manual_seed(seed)
+    sample = {k: torch.randn(batch, num_objects, *v) for k, v in (WIDTHS | widths).items()}
+    picture = {"image": torch.randn(batch, 3, 16, 16), "pointmap": torch.randn(batch, 3, 16, 16)}
+    return sample, torch.rand(batch) / 2, torch.rand(batch) / 2, picture
+
+
+def difference(a: dict, b: dict) -> dict[str, float]:
+    return {k: float((a[k] - b[k]).abs().max()) for k in a}
+
+
+def predict(network, sample, t, d, conditions, **others) -> dict:
+    with torch.no_grad():
+        return network(sample, t, d, **conditions, **others).sample
+
+
+@pytest.mark.parametrize("modality", WIDTHS)
+@pytest.mark.parametrize("scope", [*SCENE, None], ids=["full", "registers", "pose", "object"])
+def test_objects_see_one_another_in_scene_scope_only(scope, modality):
+    network = create(**(scope or {"attention_scope": ["object"]}))
+    assert network.is_scene_level == (scope is not None)
+    sample, *given = make()
+    edited = {k: v.clone() for k, v in sample.items()}
+    edited[modality][:, 2] += 1
+    before, after = (predict(network, x, *given) for x in (sample, edited))
+    changes = [(before[k] - after[k])[:, 0].abs().max() for k in before]
+    if scope is None:
+        assert max(changes) == 0.0
+    else:
+        assert min(changes) > 1e-6
+
+
+@pytest.mark.parametrize("scope", [*SCENE, {"attention_scope": ["object"]}])
+def test_permuting_objects_permutes_the_output(scope):
+    network = create(**scope)
+    sample, *given = make()
+    order = torch.tensor([2, 0, 3, 1])
+    straight = predict(network, sample, *given)
+    permuted = predict(network, {k: v[:, order] for k, v in sample.items()}, *given)
+    for name in straight:
+        torch.testing.assert_close(permuted[name], straight[name][:, order], rtol=1e-5, atol=1e-5)
+
+
+def test_slots_break_the_symmetry_and_are_counted():
+    network = create(object_condition="slot", max_slots=4)
+    sample, *given = make()
+    order = torch.tensor([2, 0, 3, 1])
+    straight = predict(network, sample, *given)["translation"]
+    permuted = predict(network, {k: v[:, order] for k, v in sample.items()}, *given)["translation"]
+    assert (permuted - straight[:, order]).abs().max() > 1e-3
+    with pytest.raises(ValueError, match="5 objects, but the network has 4 slots"):
+        predict(network, *make(num_objects=5))
+
+
+@pytest.mark.parametrize("scope", SCENE)
+def test_padding_changes_nothing_and_a_batch_equals_its_scenes(scope):
+    network = create(**scope)
+    sample, t, d, conditions = make()
+    counts = [2, 4, 1]
+    mask = torch.arange(4) < torch.tensor(counts)[:, None]
+    for name in sample:
+        sample[name][~mask] = 77.0  # whatever lies there
+    together = predict(network, sample, t, d, conditions, object_mask=mask)
+    for i, count in enumerate(counts):
+        row = slice(i, i + 1)
+        alone = predict(
+            network, {k: v[row, :count] for k, v in sample.items()}, t[row], d[row],
+            {k: v[row] for k, v in conditions.items()},
+        )  # fmt: skip
+        for name in alone:
+            torch.testing.assert_close(together[name][row, :count], alone[name], rtol=1e-5, atol=1e-5)
+            assert (together[name][i, count:] == 0).all()
+
+
+@pytest.mark.parametrize("scope", SCENE)
+def test_new_layers_between_objects_leave_an_object_model_unchanged(scope, tmp_path):
+    objects = create(attention_scope=["object"], use_shortcut=False)
+    objects.save_pretrained(tmp_path)
+    scenes = create(trained=False, **scope)
+    scenes.start_from(str(tmp_path))
+    sample, *given = make()
+    # bit for bit up to the order in which a longer attention adds up
+    for name, change in difference(predict(objects, sample, *given), predict(scenes, sample, *given)).items():
+        assert change < 1e-5, name
+
+
+def test_start_from_names_what_does_not_fit(tmp_path):
+    create(hidden_size=64).save_pretrained(tmp_path / "wide")
+    create(num_layers=1).save_pretrained(tmp_path / "short")
+    create(object_condition="slot").save_pretrained(tmp_path / "slots")
+    network = create()
+    for folder, message in (("wide", "another shape: size mismatch"), ("short", "blocks.1"), ("slots", "slots.weight")):
+        with pytest.raises(ValueError, match=message):
+            network.start_from(str(tmp_path / folder))
+
+
+def test_step_size_has_no_say_at_the_start():
+    network = create(trained=False)
+    sample, t, d, conditions = make()
+    first = predict(network, sample, t, d, conditions)
+    assert max(difference(first, predict(network, sample, t, 0 * d, conditions)).values()) == 0
+    assert max(difference(first, predict(network, sample, 0 * t, d, conditions)).values()) == 0  # gates are 0 as well
+    trained = create()
+    assert (
+        difference(predict(trained, sample, t, d, conditions), predict(trained, sample, t, 0 * d, conditions))["shape"]
+        > 1e-4
+    )
+
+
+def test_objects_with_times_of_their_own():
+    network = create(independent_t=True)
+    sample, t, d, conditions = make()
+    shared = predict(network, sample, t, d, conditions)
+    expanded = predict(network, sample, t[:, None].expand(3, 4), d[:, None].expand(3, 4), conditions)
+    for name in shared:
+        torch.testing.assert_close(shared[name], expanded[name], rtol=1e-5, atol=1e-6)
+    other = t[:, None].repeat(1, 4)
+    other[:, 2] = 1.0
+    assert difference(shared, predict(network, sample, other, d[:, None].expand(3, 4), conditions))["scale"] > 1e-4
+
+
+def test_protected_shapes_ignore_poses():
+    network = create(protect_shape=True, attention_scope=["object"])
+    sample, *given = make()
+    edited = sample | {"translation": sample["translation"] + 1}
+    changes = difference(predict(network, sample, *given), predict(network, edited, *given))
+    assert changes["shape"] == 0
+    assert changes["scale"] > 1e-6
+    network.train()
+    velocity = network(sample, *given[:2], **given[2]).sample
+    (velocity["translation"].sum() + velocity["scale"].sum()).backward()
+    assert network.shape_in.weight.grad is None  # keys and values reach pose tokens detached
+
+
+def test_unconditional_rows_do_not_see_the_condition():
+    network = create()
+    sample, t, d, conditions = make()
+    unknown = torch.tensor([True, False, True])
+    other = {k: v + 1 for k, v in conditions.items()}
+    a = predict(network, sample, t, d, conditions, unconditional=unknown)
+    b = predict(network, sample, t, d, other, unconditional=unknown)
+    for name in a:
+        assert torch.equal(a[name][unknown], b[name][unknown])
+        assert not torch.equal(a[name][~unknown], b[name][~unknown])
+
+
+def test_masks_tell_objects_apart():
+    network = create(object_condition="mask")
+    sample, t, d, conditions = make()
+    sample = {k: v[:, :1].repeat(1, 4, 1, 1) for k, v in sample.items()}
+    masks = torch.rand(3, 4, 16, 16) > 0.5
+    velocity = predict(network, sample, t, d, conditions, masks=masks)["translation"]
+    assert (velocity[:, 0] - velocity[:, 1]).abs().max() > 1e-3
+    with pytest.raises(ValueError, match="`masks` is missing"):
+        predict(network, sample, t, d, conditions)
+
+
+def test_tokens_shared_or_of_each_object():
+    network = create(condition="tokens", condition_channels=7)
+    sample, t, d, _ = make()
+    tokens = torch.randn(3, 5, 7)
+    shared = predict(network, sample, t, d, {"cond_tokens": tokens})
+    each = predict(network, sample, t, d, {"cond_tokens": tokens[:, None].expand(-1, 4, -1, -1)})
+    padded = torch.cat([tokens, torch.randn(3, 2, 7)], dim=1)
+    mask = (torch.arange(7) < 5).expand(3, -1)
+    masked = predict(network, sample, t, d, {"cond_tokens": padded, "cond_mask": mask})
+    for name in shared:
+        torch.testing.assert_close(shared[name], each[name], rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(shared[name], masked[name], rtol=1e-5, atol=1e-5)
+    one = predict(network, {k: v[:1] for k, v in sample.items()}, t[:1], d[:1], {"cond_tokens": tokens[:1]})
+    torch.testing.assert_close(one["scale"], shared["scale"][:1], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        {"scene_attention": "full", "translation_scale": True},
+        {"protect_shape": True},
+        {"condition": "none"},
+        {"object_condition": "mask", "num_condition_layers": 1},
+    ],
+)
+def test_gradients_reach_every_parameter_and_checkpointing_changes_none(config):
+    network = create(**config).train()
+    widths = {"translation_scale": (1, 1)} if config.get("translation_scale") else {}
+    sample, t, d, conditions = make(**widths)
+    if network.config.object_condition == "mask":
+        conditions |= {"masks": torch.rand(3, 4, 16, 16) > 0.5}
+    conditions |= {"unconditional": torch.tensor([True, False, False])}
+
+    def gradients() -> dict:
+        network.zero_grad()
+        velocity = network(sample, t, d, **conditions).sample
+        sum((v - x).square().mean() for v, x in zip(velocity.values(), sample.values(), strict=True)).backward()
+        return {name: parameter.grad.clone() for name, parameter in network.named_parameters()}
+
+    plain = gradients()
+    assert [name for name, grad in plain.items() if not grad.abs().max() > 0] == []
+    network.enable_gradient_checkpointing()
+    again = gradients()
+    assert all(torch.equal(plain[name], again[name]) for name in plain)
+
+
+def test_it_is_saved_and_loaded_bit_for_bit(tmp_path):
+    network = create()
+    network.save_pretrained(tmp_path)
+    loaded = SceneShortcutTransformer.from_pretrained(tmp_path)
+    given = make()
+    assert max(difference(predict(network, *given), predict(loaded, *given)).values()) < 1e-6
+    assert all(
+        torch.equal(a, b) for a, b in zip(network.state_dict().values(), loaded.state_dict().values(), strict=True)
+    )
+
+
+def test_bf16_stays_near_float32():
+    network = create()
+    sample, t, d, conditions = make()
+    exact = predict(network, sample, t, d, conditions)
+    low = {k: v.bfloat16() for k, v in sample.items()}
+    rough = predict(network.bfloat16(), low, t, d, {k: v.bfloat16() for k, v in conditions.items()})
+    for name in exact:
+        torch.testing.assert_close(rough[name].float(), exact[name], rtol=0.1, atol=0.1)
+
+
+def test_sam3d_has_the_published_number_of_parameters():
+    with torch.device("meta"):
+        network = SceneShortcutTransformer.from_preset("sam3d", attention_scope=["object"])
+        own = sum(p.numel() for p in network.parameters())
+        condition = sum(p.numel() for p in network.condition_embedder.parameters()) + network.null_token.numel()
+        assert own - condition == 959_962_133
+        sizes = {}
+        for name in PRESETS:
+            network = SceneShortcutTransformer.from_preset(name)
+            sizes[name] = sum(p.numel() for p in network.parameters())
+    assert {name: round(size / 1e6, 1) for name, size in sizes.items()} == {
+        "tiny": 0.8,
+        "small": 21.6,
+        "base": 171.7,
+        "sam3d": 1011.4,
+    }
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"attention_scope": []}, "`attention_scope` is empty"),
+        ({"attention_scope": ["world"]}, "`attention_scope` must be one of object, scene"),
+        ({"scene_attention": "all"}, "`scene_attention` must be one of pose, full"),
+        ({"condition": "text"}, "`condition` must be one of none, image, tokens"),
+        ({"condition": "tokens", "object_condition": "mask"}, "needs `condition` image, not tokens"),
+        ({"hidden_size": 30}, r"`hidden_size` \(30\)"),
+        ({"patch_size": 5}, r"`image_size` \(16\) must be a multiple of `patch_size` \(5\)"),
+    ],
+)
+def test_bad_settings_are_named(config, message):
+    with pytest.raises(ValueError, match=message):
+        create(**config)
+
+
+def test_a_picture_of_another_size_is_refused():
+    sample, t, d, _ = make()
+    with pytest.raises(ValueError, match="the picture is 32 x 16, the network was made for 16 squared"):
+        predict(create(), sample, t, d, {"image": torch.zeros(3, 3, 16, 32), "pointmap": torch.zeros(3, 3, 16, 32)})
