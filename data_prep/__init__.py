@@ -8,6 +8,8 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "images": ["DataQualityError", "open_images"],
         "latents": ["LatentDataset", "vae_fingerprint"],
         "encode_shadows": ["latents_folder", "open_latents"],
+        "occupancy": ["OccupancyDataset"],
+        "scene_dataset": ["SceneDataset"],
         "shadow_latents": ["ShadowLatents"],
         "shadows": ["ShadowDataset"],
     },

@@ -14,7 +14,8 @@ PACKAGES = ("trainers", "pipelines", "data_prep")
 SOURCES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 SCRIPTS = sorted((ROOT / "trainers").glob("train_*.py"))
 EVERYWHERE = sorted([*SOURCES, *(p for folder in ("benchmarks", "demos") for p in (ROOT / folder).rglob("*.py"))])
-MATHEMATICS = {"torch", "numpy", "math"}
+SYSTEMS = {"train_shape_vae": "shortcut_scene"}  # a part of another system's model
+MATHEMATICS = {"torch", "numpy", "scipy", "math"}
 TYPED = {"pydantic", "trainers.common.config"}
 
 
@@ -54,7 +55,7 @@ def may_import(path: Path) -> tuple[str, ...]:
     module = module_of(path)
     parts = module.split(".")
     if re.fullmatch(r"trainers\.train_\w+", module):
-        system = parts[1].removeprefix("train_")
+        system = SYSTEMS.get(parts[1], parts[1].removeprefix("train_"))
         ours = ["trainers.common", "trainers.objectives", f"pipelines.{system}", "data_prep"]
         # what systems share lies in files of pipelines itself
         ours += [f"pipelines.{file.stem}" for file in (ROOT / "pipelines").glob("*.py") if file.stem != "__init__"]

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from pipelines.shortcut.transformer import ScalarEmbedder, sincos_positions
 from pipelines.shortcut_scene.codec import POSES
 
+NUM_OCTAVES = 6
 OBJECT_THEN_SCENE = ["object", "scene"]
 # Parameters with alternating scopes: 0.8 M, 22 M, 172 M, 1011 M; without attention between objects the last has 960 M.
 PRESETS = {
@@ -304,6 +305,8 @@ class PictureEmbedder(nn.Module):
             for _ in range(num_layers)
         )
         self.mask_patches = nn.Conv2d(1, width, patch_size, stride=patch_size) if has_masks else None
+        self.places = nn.Linear(6 * NUM_OCTAVES + 1, width) if channels == 6 else None
+        self.patch_size = patch_size
         self.norm = nn.LayerNorm(width)
 
     def forward(self, picture: Tensor, masks: Tensor | None) -> Tensor:
@@ -311,12 +314,26 @@ class PictureEmbedder(nn.Module):
             height, width = picture.shape[-2:]
             raise ValueError(f"the picture is {width} x {height}, the network was made for {self.image_size} squared")
         tokens = self.mlp(self.patches(picture).flatten(2).transpose(1, 2)) + self.positions.to(picture.dtype)
+        if self.places is not None:
+            tokens = tokens + self.places(embed_places(picture[:, 3:], self.patch_size))
         for layer in self.layers:
             tokens = layer(tokens)
         if masks is None:
             return self.norm(tokens)
         own = self.mask_patches(masks.to(picture.dtype).flatten(0, 1)[:, None]).flatten(2).transpose(1, 2)
         return self.norm(tokens[:, None] + own.unflatten(0, masks.shape[:2]))
+
+
+def embed_places(pointmap: Tensor, patch_size: int) -> Tensor:
+    """Where in the scene each patch looks, as waves: (B, 3, S, S), 0 for nothing -> (B, patches, 6 NUM_OCTAVES + 1)."""
+    seen = (pointmap != 0).any(1, keepdim=True).to(pointmap.dtype)
+    share = F.avg_pool2d(seen, patch_size)
+    centre = F.avg_pool2d(pointmap, patch_size) / share.clamp(min=1e-6)
+    # from 4 m, farther than a table is wide, to centimetres
+    octaves = torch.pi / 2 * 2.0 ** torch.arange(NUM_OCTAVES, device=pointmap.device)
+    angles = (centre.float()[:, :, None] * octaves[:, None, None]).flatten(1, 2).to(pointmap.dtype)
+    waves = torch.cat([angles.sin(), angles.cos()], dim=1) * share.sign()
+    return torch.cat([waves, share], dim=1).flatten(2).transpose(1, 2)
 
 
 class SceneBlock(nn.Module):

@@ -135,6 +135,8 @@ class NoiseLevelConfig(Section):
         return self
 
 
+# The paper's; translation_scale has none in the released configuration.
+LOSS_WEIGHTS = {"shape": 1.0, "translation": 1.0, "6drotation_normalized": 0.1, "scale": 0.1, "translation_scale": 0.0}
 # SAM 3D Objects' public loss class as it stands, every switch at once; `corrected` is the set of class defaults below.
 SCENE_RULES = {
     "corrected": {},
@@ -193,14 +195,8 @@ class SceneObjectiveConfig(Section):
     """Updates of flow matching alone before self-consistency begins."""
     pairing: Literal["none", "hungarian"] = "none"
     """Assign each scene's objects to its noise so that translations travel least; straightens the flow."""
-    loss_weights: dict[str, float] = {
-        "shape": 1.0,
-        "translation": 1.0,
-        "6drotation_normalized": 0.1,
-        "scale": 0.1,
-        "translation_scale": 0.0,
-    }
-    """Of each modality."""
+    loss_weights: dict[str, float] = LOSS_WEIGHTS
+    """Of each modality; those not given keep their defaults."""
     reduction: Literal["scene", "object"] = "scene"
     """Whether scenes or objects weigh alike, over all processes."""
     target_clip: float | None = Field(None, gt=0)
@@ -236,6 +232,8 @@ class SceneObjectiveConfig(Section):
         rules, strength, batch_mode = (values.get(key) for key in ("rules", "cfg_strength", "batch_mode"))
         if isinstance(rules, str) and rules in SCENE_RULES:
             values = {**SCENE_RULES[rules], **values}
+        if isinstance(values.get("loss_weights"), dict):
+            values = values | {"loss_weights": LOSS_WEIGHTS | values["loss_weights"]}
         if strength is not None:
             values = values | {"guidance_scale": 1 + TypeAdapter(float).validate_python(strength)}
         if batch_mode is not None:

@@ -1,0 +1,250 @@
+"""Train a network that generates whole 3D scenes, all objects at once, in any number of steps (shortcut flow).
+
+    accelerate launch -q --config_file accelerate_configs/cpu.yaml trainers/train_shortcut_scene.py \\
+        --config configs/shortcut_scene/small.yaml --data.data_root DIR
+    ... --resume_from_checkpoint latest        continue where it stopped
+    ... --self_consistency_prob 0              plain flow matching, the baseline
+
+DIR is what data_prep.scenes writes. The objective (arXiv 2511.16624, 2410.12557) is in trainers/objectives/scene.py.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from typing import Annotated, ClassVar, Literal
+
+import lazy_loader
+from pydantic import Field, model_validator
+
+import data_prep
+import pipelines
+from pipelines import shortcut_scene
+from trainers import common, objectives
+from trainers.common.config import RunConfig, Section, load_config
+from trainers.objectives.settings import SceneObjectiveConfig
+
+torch = lazy_loader.load("torch")  # like the packages above: a wrong configuration is answered before it loads
+logger = logging.getLogger(__name__)
+
+
+class ModelConfig(Section):
+    preset: Literal["tiny", "small", "base", "sam3d"] = "small"
+    """Shape of the transformer (pipelines.shortcut_scene.PRESETS)."""
+    hidden_size: int | None = Field(None, gt=0)
+    """Another width than the preset's."""
+    num_layers: int | None = Field(None, gt=0)
+    num_attention_heads: int | None = Field(None, gt=0)
+    attention_scope: list[Literal["object", "scene"]] = Field(["object", "scene"], min_length=1)
+    """Of each block, repeated: `object` blocks are blind to other objects, and a network of them alone always is."""
+    scene_attention: Literal["pose", "full"] | None = None
+    """Tokens that take part between objects: poses and registers, or all. null: the preset's."""
+    num_registers: int = Field(4, ge=0)
+    """Tokens per object that tell the others of its shape (scene_attention pose)."""
+    condition: Literal["none", "image", "tokens"] = "image"
+    """`image`: a small embedding of the picture; `tokens`: cond_tokens of the data (an encoder's, or descriptors)."""
+    use_pointmap: bool = True
+    """With `image`: the scene coordinates of its pixels as well."""
+    patch_size: int = Field(4, gt=0)
+    """Of the picture."""
+    num_condition_layers: int = Field(0, ge=0)
+    """Transformer layers over its patches."""
+    object_condition: Literal["shared", "mask", "slot"] = "shared"
+    """What tells objects apart: nothing, their masks in the picture, or their place in the list."""
+    protect_shape: bool = False
+    """Shape tokens ignore poses, as in SAM 3D Objects; for fine-tuning a trained shape model."""
+    use_shortcut: bool = True
+    """Tell the network its step size; false for a plain flow."""
+    init_from: str | None = None
+    """Folder of a trained model to start from; layers between objects that it lacks begin without effect."""
+    vae: str | None = None
+    """Occupancy VAE whose latents the data are; exported with the pipeline. Without it objects are shown as boxes."""
+    image_encoder: str | None = None
+    """Vision model (folder or hub name, e.g. facebook/dinov2-large) of the cond_tokens; exported with the pipeline."""
+
+
+class DataConfig(Section):
+    data_root: str
+    """Folder with the splits train and val."""
+    max_objects_per_scene: int = Field(32, gt=0)
+    on_too_many: Literal["subset", "filter"] = "subset"
+    """Larger scenes: take a random part on each access, or leave them out."""
+    pose_codec: Literal["zscore", "sam3d", "identity"] = "zscore"
+    """Standardise by <data_root>/stats.json (data_prep.scenes stats), SAM 3D's constants, or not at all."""
+
+
+class ValidationConfig(Section):
+    validation_steps: int | None = Field(1000, gt=0)
+    """Loss on a fixed grid of times and step sizes, and sampled scenes, every so many updates; null for never."""
+    num_samples: int = Field(64, gt=0)
+    """Held-out scenes, always the same, with the same noise."""
+    num_inference_steps: list[Annotated[int, Field(gt=0)]] = Field([1, 4, 32], min_length=1)
+    """Rows of sampled scenes."""
+
+
+class GuideConfig(Section):
+    """The user's guide counts in passes over the data; these win over the updates they stand for."""
+
+    num_epochs: int | None = Field(None, gt=0)
+    """Instead of max_train_steps."""
+    save_interval: int | None = Field(None, gt=0)
+    """Instead of checkpointing_steps."""
+
+
+class Config(RunConfig):
+    aliases: ClassVar[dict[str, str]] = {  # the guide's names
+        "num_workers": "training.dataloader_num_workers",
+        "weight_decay": "training.adam_weight_decay",
+        "grad_clip": "training.max_grad_norm",
+        "log_interval": "training.logging_steps",
+    }
+    model: ModelConfig = ModelConfig()
+    data: DataConfig
+    shortcut: SceneObjectiveConfig = SceneObjectiveConfig()
+    validation: ValidationConfig = ValidationConfig()
+    guide: GuideConfig = GuideConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> Config:
+        model, shortcut = self.model, self.shortcut
+        if shortcut.self_consistency_prob and not model.use_shortcut:
+            raise ValueError("`model.use_shortcut` is false: set shortcut.self_consistency_prob to 0")
+        if shortcut.self_consistency_prob and shortcut.teacher == "ema" and not self.training.use_ema:
+            raise ValueError("`training.use_ema` is false, but shortcut.teacher is ema")
+        if model.object_condition == "mask" and model.condition != "image":
+            raise ValueError("`model.object_condition` mask needs model.condition image")
+        if shortcut.pairing == "hungarian" and model.object_condition != "shared":
+            raise ValueError("`shortcut.pairing` hungarian would tie the noise to conditions of single objects")
+        if model.image_encoder and model.condition != "tokens":
+            raise ValueError("`model.image_encoder` makes tokens: set model.condition to tokens")
+        return self
+
+
+def compute_loss(run: common.TrainingRun, batch: dict, config: Config, model=None, draws=None):
+    """The loss of one micro-batch of data_prep.SceneDataset -> (scalar, metrics).
+
+    `model` takes the network's place and `draws` that of new ones (validation: EMA, fixed grid).
+    """
+    scene, shortcut = objectives.scene, config.shortcut
+    (data, conditions), object_mask = split_batch(batch), batch["object_mask"]
+    if draws is None:
+        generator = run.shared_generator() if shortcut.sync_draws else None
+        draws = scene.draw(data, object_mask, shortcut, run.step, generator)
+    if shortcut.pairing == "hungarian":
+        data = scene.pair_objects(data, draws.noise, object_mask)
+    mean_objects = None
+    if shortcut.reduction == "object":
+        mean_objects = run.accelerator.reduce(object_mask.sum(1).float().mean(), "mean") if model is None else 1.0
+    network = as_network(run.model if model is None else model)
+    teacher = as_network(run.ema if shortcut.teacher == "ema" and run.ema is not None else run.network)
+    null = scene.without_condition(conditions)
+    return scene.scene_loss(network, teacher, data, object_mask, conditions, null, draws, shortcut, mean_objects)
+
+
+def split_batch(batch: dict) -> tuple[dict, dict]:
+    """A batch -> its modalities, and the rest by the names of SceneShortcutTransformer.forward."""
+    data = {name: values for name, values in batch.items() if name in shortcut_scene.MODALITIES}
+    conditions = {name: values for name, values in batch.items() if name not in data}
+    return data, conditions | {"unconditional": torch.zeros_like(batch["object_mask"][:, 0])}
+
+
+def as_network(model):
+    """The objectives' calling convention around a SceneShortcutTransformer (or its EMA)."""
+    return lambda sample, t, step_size, conditions: model(sample, t, step_size, **conditions).sample
+
+
+def validate(model, run: common.TrainingRun, config: Config, pipeline, held_out):
+    """Loss at fixed times and step sizes, and scenes of several step counts: the same noise every time."""
+    rows = range(min(config.validation.num_samples, len(held_out)))
+    batch = torch.utils.data.default_collate(held_out.__getitems__(rows))
+    batch = {name: values.to(run.accelerator.device) for name, values in batch.items()}
+    data = split_batch(batch)[0]
+    grid = [(t / 5, 0.0) for t in range(5)]
+    if config.shortcut.self_consistency_prob:
+        grid += [(start * 2.0**-k, 2.0**-k) for k in (0, 2, 4, 6) for start in (0, 2**k // 2)]
+    scalars = {}
+    for t, step_size in dict.fromkeys(grid):
+        torch.manual_seed(config.training.seed)
+        draws = objectives.scene.grid_draws(data, config.shortcut, t, step_size)
+        loss = compute_loss(run, batch, config, model, draws)[0]
+        scalars[f"loss/t={t:g},D={step_size:g}"] = float(loss)
+    scalars["loss"] = sum(scalars.values()) / len(scalars)
+
+    steps = config.validation.num_inference_steps
+    scenes = shortcut_scene.show(pipeline, held_out, rows[:6], steps)
+    pictures = [[shortcut_scene.render_scene(scene, size=128) for scene in row] for row in scenes]
+    names = ["true", *(f"{count} step" + "s" * (count > 1) for count in steps)]
+    return scalars, {"scenes": pipelines.image_grid(pictures, names, cell=128)}
+
+
+def open_data(config: Config):
+    """Codec, training scenes and held-out ones; what is wrong with them is said in one line."""
+    data, model = config.data, config.model
+    picture = ["image", *["pointmap"] * model.use_pointmap, *["masks"] * (model.object_condition == "mask")]
+    conditions = {"none": [], "tokens": ["cond_tokens"], "image": picture}[model.condition]
+    settings = data.model_dump(exclude={"data_root", "pose_codec"}) | {"conditions": conditions}
+    try:
+        if data.pose_codec == "zscore":
+            codec = shortcut_scene.PoseCodec.from_pretrained(data.data_root)
+        else:
+            codec = shortcut_scene.PoseCodec(data.pose_codec)
+        train = data_prep.SceneDataset(data.data_root, "train", codec, batch_mode=config.shortcut.mode, **settings)
+        held_out = data_prep.SceneDataset(data.data_root, "val", codec, **settings)
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"data: {error}") from error
+    return codec, train, held_out
+
+
+def create_transformer(config: Config, sample: dict):
+    """A network for the data's shapes, started from another one if `init_from` names it."""
+    model = config.model
+    no_shape = {"preset", "use_pointmap", "init_from", "vae", "image_encoder"}
+    settings = model.model_dump(exclude=no_shape, exclude_none=True)
+    settings |= {"shape_tokens": sample["shape"].shape[-2], "shape_channels": sample["shape"].shape[-1]}
+    settings |= {"translation_scale": "translation_scale" in sample, "independent_t": config.shortcut.independent_t}
+    if model.condition == "image":
+        settings |= {"image_size": sample["image"].shape[-1], "condition_channels": 6 if model.use_pointmap else 3}
+    elif model.condition == "tokens":
+        settings |= {"condition_channels": sample["cond_tokens"].shape[-1]}
+    transformer = shortcut_scene.SceneShortcutTransformer.from_preset(model.preset, **settings)
+    if model.init_from:
+        transformer.start_from(model.init_from)
+    return transformer
+
+
+def in_updates(config: Config, num_samples: int, num_processes: int) -> Config:
+    """The guide's passes over the data as updates."""
+    guide, training = config.guide, config.training
+    updates = num_samples / (training.train_batch_size * training.gradient_accumulation_steps * num_processes)
+    passes = {"max_train_steps": guide.num_epochs, "checkpointing_steps": guide.save_interval}
+    changes = {key: math.ceil(value * updates) for key, value in passes.items() if value}
+    return config.model_copy(update={"training": training.model_copy(update=changes)})
+
+
+def main(argv: list[str] | None = None) -> None:
+    config = load_config(Config, argv)
+    accelerator = common.create_accelerator(config)
+    codec, dataset, held_out = open_data(config)
+    config = in_updates(config, len(dataset), accelerator.num_processes)
+    torch.manual_seed(config.training.seed)
+    try:
+        transformer = create_transformer(config, held_out[0])
+        components = shortcut_scene.load_components(config.model.vae, config.model.image_encoder, accelerator.device)
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"model: {error}") from error
+    if config.shortcut.mode == "scene" and not transformer.is_scene_level:
+        logger.warning("mode is scene, but no block has attention_scope scene: objects stay independent")
+    run = common.TrainingRun(accelerator, config, model=transformer, dataset=dataset)
+    run.resume()
+    pipeline = shortcut_scene.create_pipeline(run.inference_model, codec, components)
+    for batch in run.batches():
+        with run.accumulate():
+            run.update(*compute_loss(run, batch, config))
+        if run.is_due(config.validation.validation_steps):
+            scalars = run.validate(lambda model: validate(model, run, config, pipeline, held_out))
+            run.keep_best(-scalars["loss"] if scalars else None)
+    run.finish(pipeline)
+
+
+if __name__ == "__main__":
+    main()
