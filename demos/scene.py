@@ -32,8 +32,9 @@ from pipelines.shortcut_scene.evaluation import evaluate, measure_vae
 
 CONFIG, VAE_CONFIG = Path("configs/shortcut_scene/demo.yaml"), Path("configs/shape_vae/demo.yaml")
 NUM_TRAIN, NUM_TEST, NUM_SHOWN = 3000, 160, 6
-IMAGE_SIZE, RESOLUTION, FINE = 32, 16, 256
-STEPS = (1, 4, 32)
+IMAGE_SIZE, RESOLUTION, FINE = 48, 16, 256
+SCENES = {"image_size": IMAGE_SIZE, "resolution": RESOLUTION, "stack_prob": 0.1, "num_workers": 2}
+STEPS, FLOW_STEPS = (1, 4), (32,)  # few by shortcuts, many as a plain flow
 VAE_STEPS = None  # as its configuration says
 RUNS = {  # the same data, updates and batch; what differs
     "object": ["--model.attention_scope", "[object]"],
@@ -59,7 +60,8 @@ def launch(script: str, config: Path, *arguments: str) -> None:
 def train_vae(data: Path, output_dir: Path) -> None:
     """The occupancy VAE, on the shapes of all training scenes."""
     arguments = ["--data.path", str(data), "--output_dir", str(output_dir)]
-    arguments += ["--max_train_steps", str(VAE_STEPS)] if VAE_STEPS else []
+    if VAE_STEPS:
+        arguments += ["--max_train_steps", str(VAE_STEPS), "--lr_warmup_steps", "0", "--lr_decay_steps", "0"]
     launch("trainers/train_shape_vae.py", VAE_CONFIG, *arguments)
 
 
@@ -69,6 +71,7 @@ def train(data: Path, vae: Path, output_dir: Path, max_train_steps: int) -> None
         arguments = ["--data_root", str(data), "--model.vae", str(vae), "--output_dir", str(output_dir / name)]
         arguments += ["--max_train_steps", str(max_train_steps), "--lr_decay_steps", str(max_train_steps // 3)]
         arguments += ["--lr_warmup_steps", str(min(100, max_train_steps // 5))]
+        arguments += ["--logging_steps", str(max(1, max_train_steps // 40))]
         launch("trainers/train_shortcut_scene.py", CONFIG, *arguments, *others)
 
 
@@ -83,8 +86,10 @@ def open_test(data: Path, pipeline: ShortcutScenePipeline) -> SceneDataset:
 def measure(pipelines: dict[str, ShortcutScenePipeline], data: Path) -> dict:
     """The layout of metrics.json: means over unseen scenes."""
     dataset = open_test(data, pipelines["scene"])
-    results = {name: evaluate(pipeline, dataset, steps=STEPS) for name, pipeline in pipelines.items()}
-    tables = {name: results[name]["shortcut" if name != "flow_matching" else "flow"] for name in results}
+    results = {
+        name: evaluate(pipeline, dataset, steps=STEPS, flow_steps=FLOW_STEPS) for name, pipeline in pipelines.items()
+    }
+    tables = {name: result["shortcut"] | result["flow"] for name, result in results.items()}
 
     def column(metric: str) -> dict:
         return {
@@ -116,7 +121,7 @@ def write_report(output_dir: Path, pipelines: dict[str, ShortcutScenePipeline], 
     shown = {"true": show(pipelines["scene"], dataset, rows, [])[0]}
     for name, steps in (("object", 32), ("scene", 1), ("scene", 4), ("scene", 32), ("flow_matching", 1)):
         label = f"{NAMES[name]}, {steps} step" + "s" * (steps > 1)
-        shown[label] = show(pipelines[name], dataset, rows, [steps])[1]
+        shown[label] = show(pipelines[name], dataset, rows, [steps], use_shortcut=steps in STEPS)[1]
     for label, scenes in shown.items():
         stem = label.replace(",", "").replace(" ", "_")
         for row, scene in zip(rows, scenes, strict=True):
@@ -197,7 +202,7 @@ def main(argv: list[str] | None = None) -> None:
         seconds[name] = time.perf_counter() - began - sum(seconds.values())
 
     data, vae = output_dir / "data", output_dir / "vae"
-    build_synth(data, NUM_TRAIN, NUM_TEST, image_size=IMAGE_SIZE, resolution=RESOLUTION, num_workers=2)
+    build_synth(data, NUM_TRAIN, NUM_TEST, **SCENES)
     lap("make scenes")
     train_vae(data, vae)
     lap("train the VAE")

@@ -227,17 +227,23 @@ def to_boxes(poses: dict[str, np.ndarray]) -> Boxes:
 
 
 def show(
-    pipeline: ShortcutScenePipeline, dataset: SceneDataset, rows: Sequence[int], steps: Sequence[int], seed: int = 0
+    pipeline: ShortcutScenePipeline,
+    dataset: SceneDataset,
+    rows: Sequence[int],
+    steps: Sequence[int],
+    seed: int = 0,
+    use_shortcut: bool = True,
 ) -> list[list[trimesh.Scene]]:
     """Scenes to look at: the true ones of some rows of a data set, then for each step count those of the model.
 
-    The model takes shortcuts if it knows step sizes. Its noise is that of `generate`, objects have colours by number,
-    and without a VAE they are boxes.
+    The model takes shortcuts if it knows step sizes and `use_shortcut` is set. Its noise is that of `generate`, objects
+    have colours by number, and without a VAE they are boxes.
     """
     items, names = [dataset[row] for row in rows], [dataset.scene_ids[row] for row in rows]
     has_vae = pipeline.vae is not None
     shown = [[true_objects(pipeline, dataset, *both, has_vae) for both in zip(rows, items, strict=True)]]
-    settings = {"use_shortcut": pipeline.transformer.config.use_shortcut, "guidance_scale": 1.0, "seed": seed}
+    use_shortcut = use_shortcut and pipeline.transformer.config.use_shortcut
+    settings = {"use_shortcut": use_shortcut, "guidance_scale": 1.0, "seed": seed}
     shown += [predict(pipeline, items, names, count, with_shapes=has_vae, **settings) for count in steps]
     return [[objects.scene() for objects in scenes] for scenes in shown]
 

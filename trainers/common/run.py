@@ -421,8 +421,8 @@ class TrainingRun:
     def _best_checkpoint(self) -> Path | None:
         return self.run_dir / f"checkpoint-{self._best['step']}" if self._best else None
 
-    def finish(self, pipeline: DiffusionPipeline) -> None:
-        """Final checkpoint, the pipeline for `from_pretrained(output_dir)`, logs closed."""
+    def finish(self, pipeline: DiffusionPipeline | ModelMixin) -> None:
+        """Final checkpoint, pipeline or network for `from_pretrained(output_dir)`, logs closed."""
         self.save_checkpoint()
         if self.accelerator.is_main_process:
             export_pipeline(self.run_dir, pipeline)

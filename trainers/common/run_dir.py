@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 from typing import IO
 
-from diffusers import DiffusionPipeline
+from diffusers import DiffusionPipeline, ModelMixin
 
 from trainers.common.checkpoints import list_checkpoints, write_json
 from trainers.common.config import EXIT_CONFIG, RunConfig, dump_config
@@ -69,7 +69,7 @@ def write_description(run_dir: Path, config: RunConfig, num_processes: int, devi
     )
 
 
-def export_pipeline(run_dir: Path, pipeline: DiffusionPipeline) -> None:
+def export_pipeline(run_dir: Path, pipeline: DiffusionPipeline | ModelMixin) -> None:
     """Put the pipeline into the run folder. `model_index.json` comes last: without it the folder is no pipeline."""
     temporary = run_dir / "export.tmp"
     shutil.rmtree(temporary, ignore_errors=True)
