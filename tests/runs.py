@@ -6,6 +6,9 @@ import importlib
 import json
 import multiprocessing
 import os
+import random
+import shutil
+import subprocess
 import sys
 import threading
 import time
@@ -57,6 +60,41 @@ def train(run_dir: Path, *others: str, system: str = "shortcut", **training) -> 
     reset_accelerate()
     script = importlib.import_module(f"trainers.train_{system}")
     script.main(command_line(run_dir, *others, system=system, **training))
+
+
+EXACT = {"lr_scheduler": "cosine", "lr_warmup_steps": 2, "ema_ramp": True, "checkpoints_total_limit": None}
+
+
+def resume_in_the_middle(folder: Path, *others: str, system: str = "shortcut", **training) -> tuple[Path, Path]:
+    """Six updates at a stretch, and three and three after a resume; their last checkpoints, found bit-equal.
+
+    The resume lies in the middle of a log interval.
+    """
+    import torch
+
+    settings = EXACT | {"max_train_steps": 6, "logging_steps": 2} | training
+    train(folder / "straight", *others, system=system, **settings, checkpointing_steps=100)
+    train(folder / "broken", *others, system=system, **settings, checkpointing_steps=3)
+    shutil.rmtree(folder / "broken/checkpoint-6")  # as if the run had ended between updates 3 and 6
+    torch.manual_seed(random.randrange(2**32))  # whatever the process did before
+    train(folder / "broken", *others, system=system, **settings, resume_from_checkpoint="latest")
+    straight, broken = (folder / name / "checkpoint-6" for name in ("straight", "broken"))
+    assert differing(tensors_of(straight), tensors_of(broken)) == []
+    assert [row["step"] for row in rows_of(folder / "straight")] == [2, 4, 6]
+    assert rows_of(folder / "broken") == rows_of(folder / "straight")
+    return straight, broken
+
+
+def launch_two(program: Path, folder: Path, *arguments: str) -> list[dict]:
+    """A program on two processes with gloo; what each wrote to folder/rank-<rank>.json."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0", "--config_file"]
+    command += [str(ROOT / "accelerate_configs/cpu_2proc.yaml"), str(program), str(folder), *arguments]
+    settings = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(ROOT)}
+    result = subprocess.run(
+        command, cwd=ROOT, env=os.environ | settings, capture_output=True, text=True, timeout=200, check=False
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in (0, 1)]
 
 
 def reset_accelerate() -> None:

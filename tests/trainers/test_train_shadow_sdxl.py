@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import random
 import shutil
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -23,7 +19,6 @@ from trainers import train_shadow_sdxl
 from trainers.common.config import load_config
 
 train = partial(runs.train, system="shadow_sdxl")
-EXACT = {"lr_scheduler": "cosine", "lr_warmup_steps": 2, "ema_ramp": True, "checkpoints_total_limit": None}
 LOSSES = [1.140939, 0.997558, 0.903740, 0.665939]
 VALIDATED = "--validation.validation_steps=2"
 
@@ -55,18 +50,9 @@ def vae(tmp_path_factory):
 @pytest.mark.parametrize(("workers", "accumulation", "objective"), [(0, 1, "flow"), (2, 2, "flow"), (0, 2, "shortcut")])
 def test_three_updates_and_three_after_a_resume_are_six(tmp_path, data, workers, accumulation, objective):
     """Bit for bit, in the middle of an epoch and of a log interval, with mirrored samples."""
-    settings = EXACT | {"max_train_steps": 6, "gradient_accumulation_steps": accumulation, "logging_steps": 2}
-    settings |= {"dataloader_num_workers": workers}
+    settings = {"gradient_accumulation_steps": accumulation, "dataloader_num_workers": workers}
     others = [*data, f"--objective.name={objective}"]
-    train(tmp_path / "straight", *others, **settings, checkpointing_steps=100)
-    train(tmp_path / "broken", *others, **settings, checkpointing_steps=3)
-    shutil.rmtree(tmp_path / "broken/checkpoint-6")  # as if the run had ended between updates 3 and 6
-    torch.manual_seed(random.randrange(2**32))  # whatever the process did before
-    train(tmp_path / "broken", *others, **settings, resume_from_checkpoint="latest")
-    ends = [runs.tensors_of(tmp_path / name / "checkpoint-6") for name in ("straight", "broken")]
-    assert runs.differing(*ends) == []
-    assert [row["step"] for row in runs.rows_of(tmp_path / "straight")] == [2, 4, 6]
-    assert runs.rows_of(tmp_path / "broken") == runs.rows_of(tmp_path / "straight")
+    runs.resume_in_the_middle(tmp_path, *others, system="shadow_sdxl", **settings)
 
 
 def test_two_updates_then_four_and_a_pipeline_of_the_ema(tmp_path, data):
@@ -200,17 +186,7 @@ def test_the_loss_curve_is_the_one_we_know(tmp_path, data):
     assert losses == pytest.approx(LOSSES, rel=1e-3)
 
 
-def launch_two(folder: Path, *arguments: str) -> list[dict]:
-    """Two processes on gloo by two_shadow_ranks.py; what each saw."""
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0", "--config_file"]
-    command += [str(runs.ROOT / "accelerate_configs/cpu_2proc.yaml")]
-    command += [str(Path(__file__).parent / "two_shadow_ranks.py"), str(folder), *arguments]
-    settings = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(runs.ROOT)}
-    result = subprocess.run(
-        command, cwd=runs.ROOT, env=os.environ | settings, capture_output=True, text=True, timeout=200, check=False
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
-    return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in (0, 1)]
+PROGRAM = Path(__file__).parent / "two_shadow_ranks.py"
 
 
 def test_two_ranks_draw_different_noise_hold_equal_weights_and_resume(tmp_path, data):
@@ -218,7 +194,7 @@ def test_two_ranks_draw_different_noise_hold_equal_weights_and_resume(tmp_path, 
     training = {"expected_processes": 2, "checkpointing_steps": 1, "checkpoints_total_limit": None}
     start = [*data, "--validation.validation_steps=1"]
     line = partial(runs.command_line, system="shadow_sdxl", **training)
-    first, second = launch_two(tmp_path, *line(tmp_path / "run", *start, max_train_steps=4))
+    first, second = runs.launch_two(PROGRAM, tmp_path, *line(tmp_path / "run", *start, max_train_steps=4))
     assert first["weights"] == second["weights"]
     assert len(set(first["noise"] + second["noise"])) == 8
     assert (tmp_path / "run/best.json").exists()
@@ -226,7 +202,9 @@ def test_two_ranks_draw_different_noise_hold_equal_weights_and_resume(tmp_path, 
     shutil.copytree(tmp_path / "run", tmp_path / "broken")
     for step in (3, 4):
         shutil.rmtree(tmp_path / f"broken/checkpoint-{step}")
-    launch_two(tmp_path, *line(tmp_path / "broken", *start, max_train_steps=4, resume_from_checkpoint="latest"))
+    runs.launch_two(
+        PROGRAM, tmp_path, *line(tmp_path / "broken", *start, max_train_steps=4, resume_from_checkpoint="latest")
+    )
     ends = [runs.tensors_of(tmp_path / name / "checkpoint-4") for name in ("run", "broken")]
     assert runs.differing(*ends) == []
 

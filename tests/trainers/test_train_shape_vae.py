@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
-import random
 import shutil
-import subprocess
-import sys
 from functools import partial
 from pathlib import Path
 
@@ -24,7 +20,6 @@ from trainers import train_shape_vae
 from trainers.common.config import load_config
 
 train = partial(runs.train, system="shape_vae")
-EXACT = {"lr_scheduler": "cosine", "lr_warmup_steps": 2, "ema_ramp": True, "checkpoints_total_limit": None}
 LOSSES = [1.549087, 1.371514, 1.369356, 1.421295]
 VALIDATED = "--validation.validation_steps=2"
 
@@ -53,17 +48,8 @@ def data(tmp_path_factory):
 @pytest.mark.parametrize(("workers", "accumulation"), [(0, 1), (2, 2)])
 def test_three_updates_and_three_after_a_resume_are_six(tmp_path, data, workers, accumulation):
     """Bit for bit, in the middle of an epoch and of a log interval, with draws from the posterior."""
-    settings = EXACT | {"max_train_steps": 6, "gradient_accumulation_steps": accumulation, "logging_steps": 2}
-    settings |= {"dataloader_num_workers": workers}
-    train(tmp_path / "straight", *data, **settings, checkpointing_steps=100)
-    train(tmp_path / "broken", *data, **settings, checkpointing_steps=3)
-    shutil.rmtree(tmp_path / "broken/checkpoint-6")  # as if the run had ended between updates 3 and 6
-    torch.manual_seed(random.randrange(2**32))  # whatever the process did before
-    train(tmp_path / "broken", *data, **settings, resume_from_checkpoint="latest")
-    ends = [runs.tensors_of(tmp_path / name / "checkpoint-6") for name in ("straight", "broken")]
-    assert runs.differing(*ends) == []
-    assert [row["step"] for row in runs.rows_of(tmp_path / "straight")] == [2, 4, 6]
-    assert runs.rows_of(tmp_path / "broken") == runs.rows_of(tmp_path / "straight")
+    settings = {"gradient_accumulation_steps": accumulation, "dataloader_num_workers": workers}
+    runs.resume_in_the_middle(tmp_path, *data, system="shape_vae", **settings)
 
 
 def test_two_updates_then_four_and_the_vae_is_the_ema(tmp_path, data):
@@ -192,16 +178,9 @@ def test_the_loss_curve_is_the_one_we_know(tmp_path, data):
 
 
 def test_two_ranks_draw_different_noise_and_hold_equal_weights(tmp_path, data):
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", "0", "--config_file"]
-    command += [str(runs.ROOT / "accelerate_configs/cpu_2proc.yaml"), str(Path(__file__).parent / "two_shape_ranks.py")]
     settings = {"expected_processes": 2, "max_train_steps": 4, "checkpointing_steps": 2}
-    command += [str(tmp_path), *runs.command_line(tmp_path / "run", *data, VALIDATED, system="shape_vae", **settings)]
-    variables = {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true", "PYTHONPATH": str(runs.ROOT)}
-    result = subprocess.run(
-        command, cwd=runs.ROOT, env=os.environ | variables, capture_output=True, text=True, timeout=200, check=False
-    )
-    assert result.returncode == 0, result.stdout + result.stderr
-    first, second = (json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in (0, 1))
+    arguments = runs.command_line(tmp_path / "run", *data, VALIDATED, system="shape_vae", **settings)
+    first, second = runs.launch_two(Path(__file__).parent / "two_shape_ranks.py", tmp_path, *arguments)
     assert first["weights"] == second["weights"]
     assert len(set(first["noise"] + second["noise"])) == 8
     assert json.loads((tmp_path / "run/best.json").read_text())["step"] in (2, 4)

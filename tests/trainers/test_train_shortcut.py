@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 import shutil
 
 import numpy as np
@@ -15,8 +14,6 @@ from PIL import Image
 from pipelines.shortcut import ShortcutPipeline
 from trainers import train_shortcut
 from trainers.common.config import load_config
-
-EXACT = {"lr_scheduler": "cosine", "lr_warmup_steps": 2, "ema_ramp": True, "checkpoints_total_limit": None}
 
 
 @pytest.fixture(scope="module")
@@ -42,18 +39,8 @@ def pictures(tmp_path_factory):
 @pytest.mark.parametrize("accumulation", [1, 2])
 def test_three_updates_and_three_after_a_resume_are_six(tmp_path, pictures, workers, accumulation):
     """Bit for bit, in the middle of an epoch and of a log interval, with dropout and mirrored pictures."""
-    settings = EXACT | {"max_train_steps": 6, "gradient_accumulation_steps": accumulation, "logging_steps": 2}
-    settings |= {"dataloader_num_workers": workers}
-    runs.train(tmp_path / "straight", *pictures, **settings, checkpointing_steps=100)
-    runs.train(tmp_path / "broken", *pictures, **settings, checkpointing_steps=3)
-    shutil.rmtree(tmp_path / "broken/checkpoint-6")  # as if the run had ended between updates 3 and 6
-    torch.manual_seed(random.randrange(2**32))  # whatever the process did before
-    runs.train(tmp_path / "broken", *pictures, **settings, resume_from_checkpoint="latest")
-
-    straight, broken = (tmp_path / name / "checkpoint-6" for name in ("straight", "broken"))
-    assert runs.differing(runs.tensors_of(straight), runs.tensors_of(broken)) == []
-    assert [row["step"] for row in runs.rows_of(tmp_path / "straight")] == [2, 4, 6]
-    assert runs.rows_of(tmp_path / "broken") == runs.rows_of(tmp_path / "straight")
+    settings = {"gradient_accumulation_steps": accumulation, "dataloader_num_workers": workers}
+    straight, broken = runs.resume_in_the_middle(tmp_path, *pictures, **settings)
     states = [json.loads((path / "run_state.json").read_text()) for path in (straight, broken)]
     assert states[0] == states[1]
     assert states[0]["consumed_samples"] == 6 * 8 * accumulation
