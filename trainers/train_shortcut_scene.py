@@ -132,9 +132,9 @@ def compute_loss(run: common.TrainingRun, batch: dict, config: Config, model=Non
         draws = scene.draw(data, object_mask, shortcut, run.step, generator)
     if shortcut.pairing == "hungarian":
         data = scene.pair_objects(data, draws.noise, object_mask)
-    mean_objects = None
-    if shortcut.reduction == "object":
-        mean_objects = run.accelerator.reduce(object_mask.sum(1).float().mean(), "mean") if model is None else 1.0
+    mean_objects = object_mask.sum(1).float().mean() if shortcut.reduction == "object" else None
+    if mean_objects is not None and model is None:  # only one process validates
+        mean_objects = run.accelerator.reduce(mean_objects, "mean")
     network = as_network(run.model if model is None else model)
     teacher = as_network(run.ema if shortcut.teacher == "ema" and run.ema is not None else run.network)
     null = scene.without_condition(conditions)

@@ -329,7 +329,7 @@ def embed_places(pointmap: Tensor, patch_size: int) -> Tensor:
     seen = (pointmap != 0).any(1, keepdim=True).to(pointmap.dtype)
     share = F.avg_pool2d(seen, patch_size)
     centre = F.avg_pool2d(pointmap, patch_size) / share.clamp(min=1e-6)
-    # from 4 m, farther than a table is wide, to centimetres
+    # waves from 4 m down to 12 cm long
     octaves = torch.pi / 2 * 2.0 ** torch.arange(NUM_OCTAVES, device=pointmap.device)
     angles = (centre.float()[:, :, None] * octaves[:, None, None]).flatten(1, 2).to(pointmap.dtype)
     waves = torch.cat([angles.sin(), angles.cos()], dim=1) * share.sign()

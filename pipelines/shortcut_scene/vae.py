@@ -17,6 +17,7 @@ from diffusers.models.autoencoders.vae import DecoderOutput
 from diffusers.models.modeling_outputs import AutoencoderKLOutput
 from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
+from diffusers.utils.accelerate_utils import apply_forward_hook
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -161,6 +162,7 @@ class OccupancyVAE(ModelMixin, ConfigMixin):
         """Tokens per object, r^3."""
         return self.latent_size**3
 
+    @apply_forward_hook
     def encode(self, x: Tensor, return_dict: bool = True) -> AutoencoderKLOutput | tuple[GridGaussian]:
         """Occupancy (B, 1, R, R, R) in {0, 1} -> the posterior over latents (B, C, r, r, r)."""
         expected = (1, *[self.config.sample_size] * 3)
@@ -170,6 +172,7 @@ class OccupancyVAE(ModelMixin, ConfigMixin):
         posterior = GridGaussian(mean, logvar)
         return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
 
+    @apply_forward_hook
     def decode(self, z: Tensor, return_dict: bool = True) -> DecoderOutput | tuple[Tensor]:
         """Latents (B, C, r, r, r) -> logits (B, 1, R, R, R), positive where occupied."""
         logits = depth_to_space(self.decoder(z), self.config.patch_size)

@@ -261,3 +261,18 @@ def test_trellis_files_of_another_kind_are_refused(tmp_path):
     (tmp_path / f"{TRELLIS_FILES['encoder']}.json").write_text("[]")
     with pytest.raises(ValueError, match=r"is not TRELLIS's description of a network"):
         OccupancyVAE.from_trellis(tmp_path)
+
+
+def test_offloading_is_told_of_encode_and_decode():
+    """enable_model_cpu_offload moves a model by its hook, which only `forward` calls by itself."""
+    calls = []
+
+    class Hook:
+        def pre_forward(self, module, *_):
+            calls.append(module)
+
+    vae = create()
+    vae._hf_hook = Hook()
+    with torch.no_grad():
+        vae.decode(vae.encode(torch.zeros(1, 1, *(vae.config.sample_size,) * 3)).latent_dist.mode())
+    assert calls == [vae, vae]
