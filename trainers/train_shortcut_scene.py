@@ -47,6 +47,8 @@ class ModelConfig(Section):
     """With `image`: the scene coordinates of its pixels as well."""
     patch_size: int = Field(4, gt=0)
     """Of the picture."""
+    shape_patch_size: int = Field(1, gt=0)
+    """Side of the cube of shape latents that one token stands for; 2 makes eight of them one token."""
     num_condition_layers: int = Field(0, ge=0)
     """Transformer layers over its patches."""
     object_condition: Literal["shared", "mask", "slot"] = "shared"
@@ -159,11 +161,8 @@ def validate(model, run: common.TrainingRun, config: Config, pipeline, held_out)
     batch = torch.utils.data.default_collate(held_out.__getitems__(rows))
     batch = {name: values.to(run.accelerator.device) for name, values in batch.items()}
     data = split_batch(batch)[0]
-    grid = [(t / 5, 0.0) for t in range(5)]
-    if config.shortcut.self_consistency_prob:
-        grid += [(start * 2.0**-k, 2.0**-k) for k in (0, 2, 4, 6) for start in (0, 2**k // 2)]
     scalars = {}
-    for t, step_size in dict.fromkeys(grid):
+    for t, step_size in objectives.scene.validation_grid(config.shortcut):
         torch.manual_seed(config.training.seed)
         draws = objectives.scene.grid_draws(data, config.shortcut, t, step_size)
         loss = compute_loss(run, batch, config, model, draws)[0]
@@ -195,7 +194,7 @@ def open_data(config: Config):
     return codec, train, held_out
 
 
-def create_transformer(config: Config, sample: dict):
+def create_transformer(config: Config, sample: dict, codec):
     """A network for the data's shapes, started from another one if `init_from` names it."""
     model = config.model
     no_shape = {"preset", "use_pointmap", "init_from", "vae", "image_encoder"}
@@ -204,6 +203,7 @@ def create_transformer(config: Config, sample: dict):
     settings |= {"translation_scale": "translation_scale" in sample, "independent_t": config.shortcut.independent_t}
     if model.condition == "image":
         settings |= {"image_size": sample["image"].shape[-1], "condition_channels": 6 if model.use_pointmap else 3}
+        settings |= codec.translation_statistics()
     elif model.condition == "tokens":
         settings |= {"condition_channels": sample["cond_tokens"].shape[-1]}
     transformer = shortcut_scene.SceneShortcutTransformer.from_preset(model.preset, **settings)
@@ -228,7 +228,7 @@ def main(argv: list[str] | None = None) -> None:
     config = in_updates(config, len(dataset), accelerator.num_processes)
     torch.manual_seed(config.training.seed)
     try:
-        transformer = create_transformer(config, held_out[0])
+        transformer = create_transformer(config, held_out[0], codec)
         components = shortcut_scene.load_components(config.model.vae, config.model.image_encoder, accelerator.device)
     except (OSError, ValueError) as error:
         raise SystemExit(f"model: {error}") from error

@@ -110,6 +110,14 @@ class PoseCodec(SchedulerMixin, ConfigMixin):
             raw["scale"] = raw["scale"].exp().mean(-1, keepdim=True).log().expand_as(raw["scale"])
         return raw
 
+    def translation_statistics(self) -> dict[str, list[float]]:
+        """What translations are standardised by, as settings of SceneShortcutTransformer."""
+        given = ("translation_mean", self.mean, 0.0), ("translation_std", self.std, 1.0)
+        return {
+            key: values["translation"].tolist() if "translation" in values else [neutral] * 3
+            for key, values, neutral in given
+        }
+
     def _standardise(self, name: str, values: Tensor) -> Tensor:
         if name not in self.mean:
             if self.config.mode == "zscore":

@@ -24,6 +24,7 @@ from pipelines.shortcut_scene.codec import POSES
 
 NUM_OCTAVES = 6
 OBJECT_THEN_SCENE = ["object", "scene"]
+NO_MEAN, NO_STD = [0.0, 0.0, 0.0], [1.0, 1.0, 1.0]
 # Parameters with alternating scopes: 0.8 M, 22 M, 172 M, 1011 M; without attention between objects the last has 960 M.
 PRESETS = {
     "tiny": {"hidden_size": 64, "num_layers": 4, "num_attention_heads": 4, "scene_attention": "full"},
@@ -45,9 +46,12 @@ class SceneShortcutTransformer(ModelMixin, ConfigMixin):
 
     Args:
         shape_tokens, shape_channels: the shape latents of one object; a cube of tokens gets 3D positions.
+        shape_patch_size: side of the cube of shape latents that one token of the transformer stands for.
         hidden_size, num_layers, num_attention_heads, mlp_ratio: the transformer's shape.
         attention_scope: `object` (blind to the others) or `scene` for each block; a shorter list is repeated.
         scene_attention: what takes part between objects: `pose` and register tokens, or all tokens (`full`).
+        translation_mean, translation_std: what translations were standardised by: where they lie among the points of a
+            pointmap.
         num_registers: tokens per object that carry what others should know of its shape (`pose`).
         translation_scale: a fourth pose token of one number, as in SAM 3D Objects.
         condition: `none`; `image`, a small patch embedding of picture and pointmap; `tokens` of an encoder.
@@ -71,6 +75,7 @@ class SceneShortcutTransformer(ModelMixin, ConfigMixin):
         self,
         shape_tokens: int = 4096,
         shape_channels: int = 8,
+        shape_patch_size: int = 1,
         hidden_size: int = 1024,
         num_layers: int = 24,
         num_attention_heads: int = 16,
@@ -79,6 +84,8 @@ class SceneShortcutTransformer(ModelMixin, ConfigMixin):
         scene_attention: str = "pose",
         num_registers: int = 4,
         translation_scale: bool = False,
+        translation_mean: list[float] = NO_MEAN,
+        translation_std: list[float] = NO_STD,
         condition: str = "tokens",
         condition_channels: int = 1024,
         image_size: int = 32,
@@ -107,13 +114,19 @@ class SceneShortcutTransformer(ModelMixin, ConfigMixin):
         if object_condition == "mask" and condition != "image":
             raise ValueError(f"`object_condition` mask needs `condition` image, not {condition}")
         scopes = [attention_scope[i % len(attention_scope)] for i in range(num_layers)]
+        side = round(shape_tokens ** (1 / 3))
+        if shape_patch_size < 1 or (shape_patch_size > 1 and (side**3 != shape_tokens or side % shape_patch_size)):
+            raise ValueError(f"`shape_patch_size` {shape_patch_size} does not divide {shape_tokens} tokens as a cube")
 
-        width = hidden_size
+        width, joined = hidden_size, shape_patch_size**3
         self.widths = POSES | ({"translation_scale": 1} if translation_scale else {})
-        self.shape_in, self.shape_out = nn.Linear(shape_channels, width), nn.Linear(width, shape_channels)
+        self.shape_in, self.shape_out = (
+            nn.Linear(joined * shape_channels, width),
+            nn.Linear(width, joined * shape_channels),
+        )
         self.pose_in = nn.ModuleDict({name: nn.Linear(channels, width) for name, channels in self.widths.items()})
         self.pose_out = nn.ModuleDict({name: nn.Linear(width, channels) for name, channels in self.widths.items()})
-        self.register_buffer("shape_positions", token_positions(shape_tokens, width), persistent=False)
+        self.register_buffer("shape_positions", token_positions(shape_tokens // joined, width), persistent=False)
         self.pose_positions = nn.Parameter(torch.randn(len(self.widths), width) * 0.02)
         self.slots = nn.Embedding(max_slots, width) if object_condition == "slot" else None
         uses_registers = "scene" in scopes and scene_attention == "pose" and num_registers > 0
@@ -133,6 +146,12 @@ class SceneShortcutTransformer(ModelMixin, ConfigMixin):
             )
         elif condition == "tokens":
             self.condition_embedder = nn.Sequential(nn.Linear(condition_channels, width), nn.LayerNorm(width))
+        # a place is embedded like the patches that see it, which makes them easy to find
+        self.translation_waves = None
+        if condition == "image" and condition_channels == 6:
+            self.translation_waves = nn.Linear(6 * NUM_OCTAVES, width, bias=False)
+        self.register_buffer("origin", torch.tensor(translation_mean), persistent=False)
+        self.register_buffer("metres", torch.tensor(translation_std), persistent=False)
         self.null_token = nn.Parameter(torch.zeros(width)) if condition != "none" else None
         self.blocks = nn.ModuleList(
             SceneBlock(
@@ -223,8 +242,13 @@ class SceneShortcutTransformer(ModelMixin, ConfigMixin):
         Returns:
             `sample`, velocities of the same shapes, 0 for objects that are padding.
         """
-        shape = self.shape_in(sample["shape"]) + self.shape_positions.to(sample["shape"].dtype)
-        pose = torch.cat([self.pose_in[name](sample[name]) for name in self.widths], dim=2) + self.pose_positions
+        patches = join_tokens(sample["shape"], self.config.shape_patch_size)
+        shape = self.shape_in(patches) + self.shape_positions.to(sample["shape"].dtype)
+        pose = {name: self.pose_in[name](sample[name]) for name in self.widths}
+        if self.translation_waves is not None:
+            points = sample["translation"].float() * self.metres + self.origin
+            pose["translation"] = pose["translation"] + self.translation_waves(embed_points(points).to(shape.dtype))
+        pose = torch.cat(list(pose.values()), dim=2) + self.pose_positions
         batch, num_objects = shape.shape[:2]
         if self.slots is not None:
             if num_objects > self.config.max_slots:
@@ -236,7 +260,7 @@ class SceneShortcutTransformer(ModelMixin, ConfigMixin):
         if self.step_embedder is not None:
             embedded = embedded + self._embed_scalar(self.step_embedder, step_size)
         modulation = F.silu(embedded)
-        condition = self._embed_condition(image, pointmap, masks, cond_tokens, unconditional)
+        condition, cond_mask = self._embed_condition(image, pointmap, masks, cond_tokens, cond_mask, unconditional)
         if object_mask is None:
             object_mask = torch.ones(batch, num_objects, dtype=torch.bool, device=shape.device)
 
@@ -247,7 +271,7 @@ class SceneShortcutTransformer(ModelMixin, ConfigMixin):
             else:
                 shape, pose = block(*inputs)
         shape, pose = self.norm_out(shape), self.norm_out(pose)
-        velocity = {"shape": self.shape_out(shape)}
+        velocity = {"shape": split_tokens(self.shape_out(shape), self.config.shape_patch_size)}
         velocity |= {name: self.pose_out[name](pose[:, :, i : i + 1]) for i, name in enumerate(self.widths)}
         velocity = {name: velocity[name] * object_mask[..., None, None] for name in sample}
         return SceneShortcutTransformerOutput(sample=velocity) if return_dict else (velocity,)
@@ -263,12 +287,13 @@ class SceneShortcutTransformer(ModelMixin, ConfigMixin):
         pointmap: Tensor | None,
         masks: Tensor | None,
         cond_tokens: Tensor | None,
+        cond_mask: Tensor | None,
         unconditional: Tensor | None,
-    ) -> Tensor | None:
-        """Tokens (B, L, C) for all objects of a scene, or (B, N, L, C) for each."""
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Tokens (B, L, C) for all objects of a scene, or (B, N, L, C) for each; (B, L) false where there is none."""
         config = self.config
         if config.condition == "none":
-            return None
+            return None, None
         if config.condition == "tokens":
             _given(cond_tokens=cond_tokens)
             condition = self.condition_embedder(cond_tokens)
@@ -277,15 +302,20 @@ class SceneShortcutTransformer(ModelMixin, ConfigMixin):
             wanted |= {"masks": masks} if config.object_condition == "mask" else {}
             _given(**wanted)
             picture = torch.cat([image, pointmap], dim=1) if config.condition_channels == 6 else image
-            condition = self.condition_embedder(picture, masks if config.object_condition == "mask" else None)
+            own = masks if config.object_condition == "mask" else None
+            condition, cond_mask = self.condition_embedder(picture, own)
         if unconditional is not None:
             rows = unconditional.reshape(-1, *(1,) * (condition.ndim - 1))
             condition = torch.where(rows, self.null_token.to(condition.dtype), condition)
-        return condition
+        return condition, cond_mask
 
 
 class PictureEmbedder(nn.Module):
-    """(B, C, S, S) -> patches as tokens (B, L, D), or (B, N, L, D) with a mask of each object."""
+    """(B, C, S, S) -> patches as tokens (B, L, D), or (B, N, L, D) with a mask of each object; which of them count.
+
+    With a pointmap, patches without any point in the scene are left out: L is the largest number of the others in the
+    batch, and (B, L) says which are real. Without one all patches count, and there is no mask.
+    """
 
     def __init__(
         self, channels: int, image_size: int, patch_size: int, width: int, heads: int, num_layers: int, has_masks: bool
@@ -309,31 +339,54 @@ class PictureEmbedder(nn.Module):
         self.patch_size = patch_size
         self.norm = nn.LayerNorm(width)
 
-    def forward(self, picture: Tensor, masks: Tensor | None) -> Tensor:
+    def forward(self, picture: Tensor, masks: Tensor | None) -> tuple[Tensor, Tensor | None]:
         if picture.shape[-2:] != (self.image_size, self.image_size):
             height, width = picture.shape[-2:]
             raise ValueError(f"the picture is {width} x {height}, the network was made for {self.image_size} squared")
         tokens = self.mlp(self.patches(picture).flatten(2).transpose(1, 2)) + self.positions.to(picture.dtype)
+        seen = None
         if self.places is not None:
-            tokens = tokens + self.places(embed_places(picture[:, 3:], self.patch_size))
+            places = embed_places(picture[:, 3:], self.patch_size)
+            tokens = tokens + self.places(places)
+            kept, seen = leave_out(places[..., -1] > 0)
+            tokens = tokens.gather(1, kept[..., None].expand(-1, -1, tokens.shape[-1]))
         for layer in self.layers:
-            tokens = layer(tokens)
+            tokens = layer(tokens, src_key_padding_mask=None if seen is None else ~seen)
         if masks is None:
-            return self.norm(tokens)
+            return self.norm(tokens), seen
         own = self.mask_patches(masks.to(picture.dtype).flatten(0, 1)[:, None]).flatten(2).transpose(1, 2)
-        return self.norm(tokens[:, None] + own.unflatten(0, masks.shape[:2]))
+        own = own.unflatten(0, masks.shape[:2])
+        if seen is not None:
+            own = own.gather(2, kept[:, None, :, None].expand(-1, own.shape[1], -1, own.shape[-1]))
+        return self.norm(tokens[:, None] + own), seen
+
+
+def leave_out(seen: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, L) bool -> numbers (B, K) of those that are true, in order, K the most of any row, and which are no filling.
+
+    A row without any keeps its first.
+    """
+    seen = seen | (torch.arange(seen.shape[1], device=seen.device) == 0) & ~seen.any(1, keepdim=True)
+    kept = seen.int().argsort(dim=1, descending=True, stable=True)[:, : int(seen.sum(1).max())]
+    return kept, seen.gather(1, kept)
 
 
 def embed_places(pointmap: Tensor, patch_size: int) -> Tensor:
-    """Where in the scene each patch looks, as waves: (B, 3, S, S), 0 for nothing -> (B, patches, 6 NUM_OCTAVES + 1)."""
+    """Where in the scene each patch looks, as waves, and the share of it that sees anything (the last channel).
+
+    (B, 3, S, S), 0 for nothing -> (B, patches, 6 NUM_OCTAVES + 1).
+    """
     seen = (pointmap != 0).any(1, keepdim=True).to(pointmap.dtype)
-    share = F.avg_pool2d(seen, patch_size)
-    centre = F.avg_pool2d(pointmap, patch_size) / share.clamp(min=1e-6)
-    # waves from 4 m down to 12 cm long
-    octaves = torch.pi / 2 * 2.0 ** torch.arange(NUM_OCTAVES, device=pointmap.device)
-    angles = (centre.float()[:, :, None] * octaves[:, None, None]).flatten(1, 2).to(pointmap.dtype)
-    waves = torch.cat([angles.sin(), angles.cos()], dim=1) * share.sign()
-    return torch.cat([waves, share], dim=1).flatten(2).transpose(1, 2)
+    share = F.avg_pool2d(seen, patch_size).flatten(2).transpose(1, 2)
+    centre = F.avg_pool2d(pointmap, patch_size).flatten(2).transpose(1, 2) / share.clamp(min=1e-6)
+    return torch.cat([embed_points(centre) * share.sign(), share], dim=-1)
+
+
+def embed_points(points: Tensor) -> Tensor:
+    """Points (..., 3) in metres -> sines and cosines (..., 6 NUM_OCTAVES) of waves from 4 m down to 12 cm long."""
+    octaves = torch.pi / 2 * 2.0 ** torch.arange(NUM_OCTAVES, device=points.device)
+    angles = (points.float()[..., None] * octaves).flatten(-2)
+    return torch.cat([angles.sin(), angles.cos()], dim=-1).to(points.dtype)
 
 
 class SceneBlock(nn.Module):
@@ -517,6 +570,24 @@ class CrossAttention(SceneAttentionModule):
             seen = self.processor(query, key, value, cond_mask)
             results.append(x + self.to_out[i](seen.reshape(x.shape)))
         return results
+
+
+def join_tokens(x: Tensor, patch_size: int) -> Tensor:
+    """(B, N, s^3, C) -> (B, N, (s / p)^3, p^3 C): cubes of p^3 tokens become one."""
+    if patch_size == 1:
+        return x
+    side, p = round(x.shape[2] ** (1 / 3)) // patch_size, patch_size
+    x = x.unflatten(2, (side, p, side, p, side, p)).permute(0, 1, 2, 4, 6, 3, 5, 7, 8)
+    return x.flatten(5).flatten(2, 4)
+
+
+def split_tokens(x: Tensor, patch_size: int) -> Tensor:
+    """The inverse of `join_tokens`."""
+    if patch_size == 1:
+        return x
+    side, p = round(x.shape[2] ** (1 / 3)), patch_size
+    x = x.unflatten(2, (side, side, side)).unflatten(5, (p, p, p, -1)).permute(0, 1, 2, 5, 3, 6, 4, 7, 8)
+    return x.flatten(2, 7)
 
 
 def token_positions(num_tokens: int, width: int) -> Tensor:

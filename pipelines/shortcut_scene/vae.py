@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 PRESETS = {
-    "demo": {"sample_size": 16, "latent_channels": 16, "block_out_channels": (24, 48), "patch_size": 4}
+    "demo": {"sample_size": 16, "latent_channels": 4, "block_out_channels": (24, 48), "patch_size": 4}
     | {"layers_per_block": 1, "mid_layers": 1},
     "toy": {"sample_size": 16, "latent_channels": 8, "block_out_channels": (16, 32, 64)},
     "mid": {"sample_size": 32, "latent_channels": 8, "block_out_channels": (24, 48, 96)},

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from pipelines.shortcut_scene import PRESETS, SceneShortcutTransformer
+from pipelines.shortcut_scene.transformer import embed_places, embed_points, join_tokens, split_tokens
 
 TINY = {
     "shape_tokens": 8,
@@ -38,6 +39,8 @@ def make(
     torch.manual_seed(seed)
     sample = {k: torch.randn(batch, num_objects, *v) for k, v in (WIDTHS | widths).items()}
     picture = {"image": torch.randn(batch, 3, 16, 16), "pointmap": torch.randn(batch, 3, 16, 16)}
+    for scene in range(batch):  # of 16 patches 16, 12, 8, ... see something
+        picture["pointmap"][scene, :, : 4 * scene] = 0
     return sample, torch.rand(batch) / 2, torch.rand(batch) / 2, picture
 
 
@@ -130,6 +133,59 @@ def test_start_from_names_what_does_not_fit(tmp_path):
             network.start_from(str(tmp_path / folder))
 
 
+def test_shape_latents_joined_to_larger_tokens():
+    x = torch.arange(64.0).reshape(1, 1, 64, 1)  # a cube of 4^3, z fastest
+    joined = join_tokens(x, 2)
+    assert joined.shape == (1, 1, 8, 8)
+    assert joined[0, 0, 1].tolist() == [2, 3, 6, 7, 18, 19, 22, 23]
+    for side, patch_size in ((2, 2), (4, 2), (6, 3), (3, 1)):
+        x = torch.randn(2, 3, side**3, 5)
+        assert torch.equal(split_tokens(join_tokens(x, patch_size), patch_size), x)
+    network = create(shape_patch_size=2)
+    assert network.shape_positions.shape == (1, 32)
+    sample, *given = make()
+    velocity = predict(network, sample, *given)
+    assert velocity["shape"].shape == sample["shape"].shape
+    edited = sample | {"shape": sample["shape"].clone()}
+    edited["shape"][:, 0, 7] += 1
+    assert (predict(network, edited, *given)["shape"] - velocity["shape"])[:, 0, 0].abs().min() > 1e-6
+
+
+@pytest.mark.parametrize("config", [{}, {"num_condition_layers": 1}, {"object_condition": "mask"}])
+def test_patches_that_see_nothing_are_left_out(config):
+    network = create(**config)
+    sample, t, d, conditions = make()
+    if config.get("object_condition"):
+        conditions["masks"] = torch.rand(3, 4, 16, 16) > 0.5
+    lengths = []
+    network.blocks[0].register_forward_pre_hook(lambda _, inputs: lengths.append(inputs[3].shape[-2]))
+    before = predict(network, sample, t, d, conditions)
+    for row, changes in ((3, False), (4, True)):  # of pixels; scene 1 sees nothing in its first four
+        edited = conditions | {"image": conditions["image"].clone()}
+        edited["image"][1, :, row, 0] += 1
+        after = predict(network, sample, t, d, edited)
+        assert (difference(before, after)["translation"] > 1e-6) == changes
+    few = {name: value[1:] for name, value in conditions.items()}
+    predict(network, {name: value[1:] for name, value in sample.items()}, t[1:], d[1:], few)
+    nothing = conditions | {"pointmap": torch.zeros(3, 3, 16, 16)}
+    assert all(value.isfinite().all() for value in predict(network, sample, t, d, nothing).values())
+    assert lengths == [16, 16, 16, 12, 1]
+
+
+def test_places_of_objects_and_of_patches_are_embedded_alike():
+    network = create(translation_mean=[1.0, 2.0, 3.0], translation_std=[0.5, 0.25, 2.0])
+    sample, *given = make()
+    seen = []
+    network.translation_waves.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    predict(network, sample, *given)
+    metres = sample["translation"] * torch.tensor([0.5, 0.25, 2.0]) + torch.tensor([1.0, 2.0, 3.0])
+    torch.testing.assert_close(seen[0], embed_points(metres))
+    pointmap = metres[:, 0, 0, :, None, None].expand(3, 3, 16, 16)  # each patch sees that point
+    torch.testing.assert_close(embed_places(pointmap, 4)[:, 5, :-1], embed_points(metres[:, 0, 0]), rtol=0, atol=1e-4)
+    period = embed_points(torch.tensor([[0.3, 0.2, 0.1], [4.3, -3.8, 4.1]]))
+    torch.testing.assert_close(period[0], period[1], rtol=0, atol=1e-4)
+
+
 def test_step_size_has_no_say_at_the_start():
     network = create(trained=False)
     sample, t, d, conditions = make()
@@ -172,7 +228,7 @@ def test_unconditional_rows_do_not_see_the_condition():
     network = create()
     sample, t, d, conditions = make()
     unknown = torch.tensor([True, False, True])
-    other = {k: v + 1 for k, v in conditions.items()}
+    other = {k: v * 2 for k, v in conditions.items()}
     a = predict(network, sample, t, d, conditions, unconditional=unknown)
     b = predict(network, sample, t, d, other, unconditional=unknown)
     for name in a:
@@ -286,6 +342,8 @@ def test_sam3d_has_the_published_number_of_parameters():
         ({"condition": "text"}, "`condition` must be one of none, image, tokens"),
         ({"condition": "tokens", "object_condition": "mask"}, "needs `condition` image, not tokens"),
         ({"hidden_size": 30}, r"`hidden_size` \(30\)"),
+        ({"shape_patch_size": 3}, "`shape_patch_size` 3 does not divide 8 tokens as a cube"),
+        ({"shape_tokens": 6, "shape_patch_size": 2}, "`shape_patch_size` 2 does not divide 6 tokens as a cube"),
         ({"patch_size": 5}, r"`image_size` \(16\) must be a multiple of `patch_size` \(5\)"),
     ],
 )

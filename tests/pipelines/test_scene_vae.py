@@ -41,7 +41,7 @@ def count(module: torch.nn.Module) -> int:
 @pytest.mark.parametrize(
     ("preset", "encoder", "decoder", "tokens", "channels"),
     [
-        ("demo", 373_016, 592_048, 8, 16),
+        ("demo", 341_888, 576_496, 8, 4),
         ("toy", 1_073_904, 1_592_785, 64, 8),
         ("mid", 2_393_440, 3_571_129, 512, 8),
         ("trellis", 59_298_192, 73_671_201, 4096, 8),

@@ -214,6 +214,12 @@ def describe_errors(
     return metrics
 
 
+def validation_grid(config: SceneObjectiveConfig) -> list[tuple[float, float]]:
+    """(t, D) at which validation measures the loss: five times of the flow, and starts of four lengths of step."""
+    steps = [(start * 2.0**-k, 2.0**-k) for k in (0, 2, 4, 6) for start in sorted({0, 2**k // 2})]
+    return [(t / 5, 0.0) for t in range(5)] + (steps if config.self_consistency_prob else [])
+
+
 def grid_draws(
     data: Sample, config: SceneObjectiveConfig, t: float, step_size: float = 0.0, noise: Sample | None = None
 ) -> Draws:
