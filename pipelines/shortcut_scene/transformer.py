@@ -23,6 +23,7 @@ from pipelines.shortcut.transformer import ScalarEmbedder, sincos_positions
 from pipelines.shortcut_scene.codec import POSES
 
 NUM_OCTAVES = 6
+WINDOW_UNIT = 0.25  # metres
 OBJECT_THEN_SCENE = ["object", "scene"]
 NO_MEAN, NO_STD = [0.0, 0.0, 0.0], [1.0, 1.0, 1.0]
 # Parameters with alternating scopes: 0.8 M, 22 M, 172 M, 1011 M; without attention between objects the last has 960 M.
@@ -324,7 +325,7 @@ class PictureEmbedder(nn.Module):
         if image_size % patch_size:
             raise ValueError(f"`image_size` ({image_size}) must be a multiple of `patch_size` ({patch_size})")
         self.image_size = image_size
-        self.patches = nn.Conv2d(channels, width, patch_size, stride=patch_size)
+        self.windows = nn.Linear((channels + (channels == 6)) * (3 * patch_size) ** 2, width)
         positions = sincos_positions(width, image_size // patch_size)
         self.register_buffer("positions", positions, persistent=False)
         self.mlp = nn.Sequential(nn.SiLU(), nn.Linear(width, width))
@@ -343,13 +344,24 @@ class PictureEmbedder(nn.Module):
         if picture.shape[-2:] != (self.image_size, self.image_size):
             height, width = picture.shape[-2:]
             raise ValueError(f"the picture is {width} x {height}, the network was made for {self.image_size} squared")
-        tokens = self.mlp(self.patches(picture).flatten(2).transpose(1, 2)) + self.positions.to(picture.dtype)
-        seen = None
-        if self.places is not None:
-            places = embed_places(picture[:, 3:], self.patch_size)
-            tokens = tokens + self.places(places)
-            kept, seen = leave_out(places[..., -1] > 0)
-            tokens = tokens.gather(1, kept[..., None].expand(-1, -1, tokens.shape[-1]))
+        positions, seen = self.positions.to(picture.dtype).expand(len(picture), -1, -1), None
+        if self.places is None:
+            tokens = self.mlp(self.windows(cut_windows(picture, self.patch_size))) + positions
+        else:
+            pointmap = picture[:, 3:]
+            is_point = (pointmap != 0).any(1, keepdim=True).to(picture.dtype)
+            centre, share = average_points(pointmap, is_point, self.patch_size)
+            kept, seen = leave_out(share[..., 0] > 0)
+            rows = lambda x: x.gather(1, kept[..., None].expand(-1, -1, x.shape[-1]))
+            windows, centre, share, positions = map(
+                rows, (cut_windows(torch.cat([picture, is_point], dim=1), self.patch_size), centre, share, positions)
+            )
+            windows = windows.unflatten(-1, (7, -1))
+            colors, points, is_point = windows.split((3, 3, 1), dim=2)
+            points = (points - centre[..., None]) * is_point / WINDOW_UNIT
+            windows = torch.cat([colors, points, is_point], dim=2).flatten(2)
+            places = torch.cat([embed_points(centre) * share.sign(), share], dim=-1)
+            tokens = self.mlp(self.windows(windows)) + positions + self.places(places)
         for layer in self.layers:
             tokens = layer(tokens, src_key_padding_mask=None if seen is None else ~seen)
         if masks is None:
@@ -371,15 +383,15 @@ def leave_out(seen: Tensor) -> tuple[Tensor, Tensor]:
     return kept, seen.gather(1, kept)
 
 
-def embed_places(pointmap: Tensor, patch_size: int) -> Tensor:
-    """Where in the scene each patch looks, as waves, and the share of it that sees anything (the last channel).
+def cut_windows(x: Tensor, patch_size: int) -> Tensor:
+    """(B, C, S, S) -> (B, patches, C (3 p)^2): each patch with those around it, 0 beyond the border."""
+    return F.unfold(x, 3 * patch_size, padding=patch_size, stride=patch_size).transpose(1, 2)
 
-    (B, 3, S, S), 0 for nothing -> (B, patches, 6 NUM_OCTAVES + 1).
-    """
-    seen = (pointmap != 0).any(1, keepdim=True).to(pointmap.dtype)
-    share = F.avg_pool2d(seen, patch_size).flatten(2).transpose(1, 2)
-    centre = F.avg_pool2d(pointmap, patch_size).flatten(2).transpose(1, 2) / share.clamp(min=1e-6)
-    return torch.cat([embed_points(centre) * share.sign(), share], dim=-1)
+
+def average_points(pointmap: Tensor, is_point: Tensor, patch_size: int) -> tuple[Tensor, Tensor]:
+    """Mean of each patch's points (B, patches, 3), and the share of its pixels that have one (B, patches, 1)."""
+    share, centre = (F.avg_pool2d(x, patch_size).flatten(2).transpose(1, 2) for x in (is_point, pointmap))
+    return centre / share.clamp(min=1e-6), share
 
 
 def embed_points(points: Tensor) -> Tensor:

@@ -6,7 +6,13 @@ import pytest
 import torch
 
 from pipelines.shortcut_scene import PRESETS, SceneShortcutTransformer
-from pipelines.shortcut_scene.transformer import embed_places, embed_points, join_tokens, split_tokens
+from pipelines.shortcut_scene.transformer import (
+    average_points,
+    cut_windows,
+    embed_points,
+    join_tokens,
+    split_tokens,
+)
 
 TINY = {
     "shape_tokens": 8,
@@ -159,8 +165,9 @@ def test_patches_that_see_nothing_are_left_out(config):
         conditions["masks"] = torch.rand(3, 4, 16, 16) > 0.5
     lengths = []
     network.blocks[0].register_forward_pre_hook(lambda _, inputs: lengths.append(inputs[3].shape[-2]))
+    conditions["pointmap"][1, :, :8] = 0  # nothing in its upper half
     before = predict(network, sample, t, d, conditions)
-    for row, changes in ((3, False), (4, True)):  # of pixels; scene 1 sees nothing in its first four
+    for row, changes in ((3, False), (4, True)):  # of pixels; a window has one patch more than its own on each side
         edited = conditions | {"image": conditions["image"].clone()}
         edited["image"][1, :, row, 0] += 1
         after = predict(network, sample, t, d, edited)
@@ -169,7 +176,7 @@ def test_patches_that_see_nothing_are_left_out(config):
     predict(network, {name: value[1:] for name, value in sample.items()}, t[1:], d[1:], few)
     nothing = conditions | {"pointmap": torch.zeros(3, 3, 16, 16)}
     assert all(value.isfinite().all() for value in predict(network, sample, t, d, nothing).values())
-    assert lengths == [16, 16, 16, 12, 1]
+    assert lengths == [16, 16, 16, 8, 1]
 
 
 def test_places_of_objects_and_of_patches_are_embedded_alike():
@@ -180,10 +187,36 @@ def test_places_of_objects_and_of_patches_are_embedded_alike():
     predict(network, sample, *given)
     metres = sample["translation"] * torch.tensor([0.5, 0.25, 2.0]) + torch.tensor([1.0, 2.0, 3.0])
     torch.testing.assert_close(seen[0], embed_points(metres))
-    pointmap = metres[:, 0, 0, :, None, None].expand(3, 3, 16, 16)  # each patch sees that point
-    torch.testing.assert_close(embed_places(pointmap, 4)[:, 5, :-1], embed_points(metres[:, 0, 0]), rtol=0, atol=1e-4)
     period = embed_points(torch.tensor([[0.3, 0.2, 0.1], [4.3, -3.8, 4.1]]))
     torch.testing.assert_close(period[0], period[1], rtol=0, atol=1e-4)
+
+
+def test_what_a_patch_is_made_of():
+    x = torch.randn(2, 3, 16, 16)
+    windows = cut_windows(x, 4).unflatten(-1, (3, 12, 12))
+    assert windows.shape == (2, 16, 3, 12, 12)
+    assert torch.equal(windows[:, 5], x[:, :, :12, :12])  # patch (1, 1) and its neighbours
+    assert (windows[:, 0, :, :4] == 0).all()  # beyond the border
+    is_point = (torch.rand(2, 1, 16, 16) > 0.5).float()
+    centre, share = average_points(x * is_point, is_point, 4)
+    inside = is_point[0, 0, 4:8, 8:12].bool()  # patch (1, 2)
+    torch.testing.assert_close(centre[0, 6], x[0, :, 4:8, 8:12][:, inside].mean(1))
+    assert share[0, 6] == inside.float().mean()
+
+
+@pytest.mark.parametrize("config", [{}, {"condition_channels": 3}])
+def test_moving_the_scene_moves_the_places_and_no_window(config):
+    network = create(**config)
+    _, _, _, conditions = make()
+    picture = torch.cat([conditions["image"], conditions["pointmap"]], dim=1)[:, : network.config.condition_channels]
+    seen = []
+    network.condition_embedder.windows.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    moved = picture.clone()
+    moved[:, 3:][picture[:, 3:] != 0] += 2
+    (first, real), (second, _) = (network.condition_embedder(x, None) for x in (picture, moved))
+    real = slice(None) if real is None else real  # what fills up rows is of no account
+    torch.testing.assert_close(seen[0][real], seen[1][real], rtol=0, atol=1e-4)
+    assert ((first - second)[real].abs().max() > 1e-3) == (not config)
 
 
 def test_step_size_has_no_say_at_the_start():
