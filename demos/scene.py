@@ -32,7 +32,7 @@ from pipelines.shortcut_scene.evaluation import evaluate, measure_vae
 
 CONFIG, VAE_CONFIG = Path("configs/shortcut_scene/demo.yaml"), Path("configs/shape_vae/demo.yaml")
 NUM_TRAIN, NUM_TEST, NUM_SHOWN = 3000, 160, 6
-IMAGE_SIZE, RESOLUTION, FINE = 48, 16, 256
+IMAGE_SIZE, RESOLUTION, FINE = 48, 16, 160
 SCENES = {"image_size": IMAGE_SIZE, "resolution": RESOLUTION, "stack_prob": 0.1, "num_workers": 2}
 STEPS, FLOW_STEPS = (1, 4), (32,)  # few by shortcuts, many as a plain flow
 VAE_STEPS = None  # as its configuration says
@@ -48,13 +48,7 @@ NAMES = {
 }
 
 
-def launch(script: str, config: Path, *arguments: str) -> None:
-    """The command a user would give, on two processes."""
-    command = [sys.executable, "-m", "accelerate.commands.launch", "-q", "--main_process_port", "0"]
-    command += ["--config_file", "accelerate_configs/cpu_2proc.yaml", script, "--config", str(config), *arguments]
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    if subprocess.run(command, env=environment, check=False).returncode:
-        raise SystemExit(f"{script} failed, see above")
+ONE_CORE = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
 
 
 def train_vae(data: Path, output_dir: Path) -> None:
@@ -62,17 +56,27 @@ def train_vae(data: Path, output_dir: Path) -> None:
     arguments = ["--data.path", str(data), "--output_dir", str(output_dir)]
     if VAE_STEPS:
         arguments += ["--max_train_steps", str(VAE_STEPS), "--lr_warmup_steps", "0", "--lr_decay_steps", "0"]
-    launch("trainers/train_shape_vae.py", VAE_CONFIG, *arguments)
+    command = [sys.executable, "-m", "accelerate.commands.launch", "-q", "--main_process_port", "0"]
+    command += ["--config_file", "accelerate_configs/cpu_2proc.yaml", "trainers/train_shape_vae.py"]
+    command += ["--config", str(VAE_CONFIG), *arguments]
+    if subprocess.run(command, env=os.environ | ONE_CORE, check=False).returncode:
+        raise SystemExit("training the VAE failed, see above")
 
 
 def train(data: Path, vae: Path, output_dir: Path, max_train_steps: int) -> None:
-    """Three scene models on the same latents and budget."""
+    """Three scene models on the same latents and budget, side by side: on two cores sooner than one after another."""
+    running = {}
     for name, others in RUNS.items():
-        arguments = ["--data_root", str(data), "--model.vae", str(vae), "--output_dir", str(output_dir / name)]
-        arguments += ["--max_train_steps", str(max_train_steps), "--lr_decay_steps", str(max_train_steps // 3)]
-        arguments += ["--lr_warmup_steps", str(min(100, max_train_steps // 5))]
-        arguments += ["--logging_steps", str(max(1, max_train_steps // 40))]
-        launch("trainers/train_shortcut_scene.py", CONFIG, *arguments, *others)
+        command = [sys.executable, "trainers/train_shortcut_scene.py", "--config", str(CONFIG)]
+        command += ["--data_root", str(data), "--model.vae", str(vae), "--output_dir", str(output_dir / name)]
+        command += ["--max_train_steps", str(max_train_steps), "--lr_decay_steps", str(max_train_steps // 3)]
+        command += ["--lr_warmup_steps", str(min(100, max_train_steps // 5))]
+        command += ["--logging_steps", str(max(1, max_train_steps // 40)), *others]
+        log = None if name == "scene" else (output_dir / f"{name}.log").open("w")  # one progress bar is enough
+        running[name] = subprocess.Popen(command, env=os.environ | ONE_CORE, stdout=log, stderr=log)
+    failed = [name for name, process in running.items() if process.wait()]
+    if failed:
+        raise SystemExit(f"training of {', '.join(failed)} failed, see above or {output_dir}/NAME.log")
 
 
 def load(output_dir: Path) -> dict[str, ShortcutScenePipeline]:
@@ -135,7 +139,7 @@ def write_report(output_dir: Path, pipelines: dict[str, ShortcutScenePipeline], 
         [[render_scene(scene, FINE, view) for scene in scenes] for scenes in shown.values()]
         for view in ("front", "top")
     )
-    front, top = image_grid([given, *front], ["given", *shown], 160), image_grid(top, list(shown), 160)
+    front, top = image_grid([given, *front], ["given", *shown], FINE), image_grid(top, list(shown), FINE)
 
     keys = ["coverage", "collision", "floor_gap", "distance"]
     table = []

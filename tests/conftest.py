@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import pytest
 import runs
 import torch
+from diffusers.models.attention_dispatch import _AttentionBackendRegistry as AttentionBackends
 
 torch.set_num_threads(1)
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -23,13 +24,15 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 @pytest.fixture(autouse=True)
 def _own_process_state(request, monkeypatch):
-    """Accelerate keeps its state in classes, and a run takes the signals: undo both."""
+    """Accelerate and the choice of attention keep their state in classes, and a run takes the signals: undo all."""
     if "gpu" not in request.keywords:
         monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
     handlers = [signal.getsignal(number) for number in SIGNALS]
+    attention = AttentionBackends._active_backend
     runs.reset_accelerate()
     yield
     runs.reset_accelerate()
+    AttentionBackends.set_active_backend(attention)
     for number, handler in zip(SIGNALS, handlers, strict=True):
         signal.signal(number, handler)
 

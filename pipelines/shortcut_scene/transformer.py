@@ -19,11 +19,10 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
-from pipelines.shortcut.transformer import ScalarEmbedder, sincos_positions
+from pipelines.shortcut.transformer import ScalarEmbedder
 from pipelines.shortcut_scene.codec import POSES
+from pipelines.shortcut_scene.picture_embedder import POINT_CHANNELS, PictureEmbedder, embed_points
 
-NUM_OCTAVES = 6
-WINDOW_UNIT = 0.25  # metres
 OBJECT_THEN_SCENE = ["object", "scene"]
 NO_MEAN, NO_STD = [0.0, 0.0, 0.0], [1.0, 1.0, 1.0]
 # Parameters with alternating scopes: 0.8 M, 22 M, 172 M, 1011 M; without attention between objects the last has 960 M.
@@ -150,7 +149,7 @@ class SceneShortcutTransformer(ModelMixin, ConfigMixin):
         # a place is embedded like the patches that see it, which makes them easy to find
         self.translation_waves = None
         if condition == "image" and condition_channels == 6:
-            self.translation_waves = nn.Linear(6 * NUM_OCTAVES, width, bias=False)
+            self.translation_waves = nn.Linear(POINT_CHANNELS, width, bias=False)
         self.register_buffer("origin", torch.tensor(translation_mean), persistent=False)
         self.register_buffer("metres", torch.tensor(translation_std), persistent=False)
         self.null_token = nn.Parameter(torch.zeros(width)) if condition != "none" else None
@@ -309,96 +308,6 @@ class SceneShortcutTransformer(ModelMixin, ConfigMixin):
             rows = unconditional.reshape(-1, *(1,) * (condition.ndim - 1))
             condition = torch.where(rows, self.null_token.to(condition.dtype), condition)
         return condition, cond_mask
-
-
-class PictureEmbedder(nn.Module):
-    """(B, C, S, S) -> patches as tokens (B, L, D), or (B, N, L, D) with a mask of each object; which of them count.
-
-    With a pointmap, patches without any point in the scene are left out: L is the largest number of the others in the
-    batch, and (B, L) says which are real. Without one all patches count, and there is no mask.
-    """
-
-    def __init__(
-        self, channels: int, image_size: int, patch_size: int, width: int, heads: int, num_layers: int, has_masks: bool
-    ):
-        super().__init__()
-        if image_size % patch_size:
-            raise ValueError(f"`image_size` ({image_size}) must be a multiple of `patch_size` ({patch_size})")
-        self.image_size = image_size
-        self.windows = nn.Linear((channels + (channels == 6)) * (3 * patch_size) ** 2, width)
-        positions = sincos_positions(width, image_size // patch_size)
-        self.register_buffer("positions", positions, persistent=False)
-        self.mlp = nn.Sequential(nn.SiLU(), nn.Linear(width, width))
-        self.layers = nn.ModuleList(
-            nn.TransformerEncoderLayer(
-                width, heads, 4 * width, dropout=0.0, activation="gelu", batch_first=True, norm_first=True
-            )
-            for _ in range(num_layers)
-        )
-        self.mask_patches = nn.Conv2d(1, width, patch_size, stride=patch_size) if has_masks else None
-        self.places = nn.Linear(6 * NUM_OCTAVES + 1, width) if channels == 6 else None
-        self.patch_size = patch_size
-        self.norm = nn.LayerNorm(width)
-
-    def forward(self, picture: Tensor, masks: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        if picture.shape[-2:] != (self.image_size, self.image_size):
-            height, width = picture.shape[-2:]
-            raise ValueError(f"the picture is {width} x {height}, the network was made for {self.image_size} squared")
-        positions, seen = self.positions.to(picture.dtype).expand(len(picture), -1, -1), None
-        if self.places is None:
-            tokens = self.mlp(self.windows(cut_windows(picture, self.patch_size))) + positions
-        else:
-            pointmap = picture[:, 3:]
-            is_point = (pointmap != 0).any(1, keepdim=True).to(picture.dtype)
-            centre, share = average_points(pointmap, is_point, self.patch_size)
-            kept, seen = leave_out(share[..., 0] > 0)
-            rows = lambda x: x.gather(1, kept[..., None].expand(-1, -1, x.shape[-1]))
-            windows, centre, share, positions = map(
-                rows, (cut_windows(torch.cat([picture, is_point], dim=1), self.patch_size), centre, share, positions)
-            )
-            windows = windows.unflatten(-1, (7, -1))
-            colors, points, is_point = windows.split((3, 3, 1), dim=2)
-            points = (points - centre[..., None]) * is_point / WINDOW_UNIT
-            windows = torch.cat([colors, points, is_point], dim=2).flatten(2)
-            places = torch.cat([embed_points(centre) * share.sign(), share], dim=-1)
-            tokens = self.mlp(self.windows(windows)) + positions + self.places(places)
-        for layer in self.layers:
-            tokens = layer(tokens, src_key_padding_mask=None if seen is None else ~seen)
-        if masks is None:
-            return self.norm(tokens), seen
-        own = self.mask_patches(masks.to(picture.dtype).flatten(0, 1)[:, None]).flatten(2).transpose(1, 2)
-        own = own.unflatten(0, masks.shape[:2])
-        if seen is not None:
-            own = own.gather(2, kept[:, None, :, None].expand(-1, own.shape[1], -1, own.shape[-1]))
-        return self.norm(tokens[:, None] + own), seen
-
-
-def leave_out(seen: Tensor) -> tuple[Tensor, Tensor]:
-    """(B, L) bool -> numbers (B, K) of those that are true, in order, K the most of any row, and which are no filling.
-
-    A row without any keeps its first.
-    """
-    seen = seen | (torch.arange(seen.shape[1], device=seen.device) == 0) & ~seen.any(1, keepdim=True)
-    kept = seen.int().argsort(dim=1, descending=True, stable=True)[:, : int(seen.sum(1).max())]
-    return kept, seen.gather(1, kept)
-
-
-def cut_windows(x: Tensor, patch_size: int) -> Tensor:
-    """(B, C, S, S) -> (B, patches, C (3 p)^2): each patch with those around it, 0 beyond the border."""
-    return F.unfold(x, 3 * patch_size, padding=patch_size, stride=patch_size).transpose(1, 2)
-
-
-def average_points(pointmap: Tensor, is_point: Tensor, patch_size: int) -> tuple[Tensor, Tensor]:
-    """Mean of each patch's points (B, patches, 3), and the share of its pixels that have one (B, patches, 1)."""
-    share, centre = (F.avg_pool2d(x, patch_size).flatten(2).transpose(1, 2) for x in (is_point, pointmap))
-    return centre / share.clamp(min=1e-6), share
-
-
-def embed_points(points: Tensor) -> Tensor:
-    """Points (..., 3) in metres -> sines and cosines (..., 6 NUM_OCTAVES) of waves from 4 m down to 12 cm long."""
-    octaves = torch.pi / 2 * 2.0 ** torch.arange(NUM_OCTAVES, device=points.device)
-    angles = (points.float()[..., None] * octaves).flatten(-2)
-    return torch.cat([angles.sin(), angles.cos()], dim=-1).to(points.dtype)
 
 
 class SceneBlock(nn.Module):

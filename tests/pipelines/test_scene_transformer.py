@@ -6,13 +6,8 @@ import pytest
 import torch
 
 from pipelines.shortcut_scene import PRESETS, SceneShortcutTransformer
-from pipelines.shortcut_scene.transformer import (
-    average_points,
-    cut_windows,
-    embed_points,
-    join_tokens,
-    split_tokens,
-)
+from pipelines.shortcut_scene.picture_embedder import average_points, cut_windows, embed_points
+from pipelines.shortcut_scene.transformer import join_tokens, split_tokens
 
 TINY = {
     "shape_tokens": 8,
