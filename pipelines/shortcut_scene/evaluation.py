@@ -33,6 +33,7 @@ from pipelines.shortcut_scene.metrics import (
     voxelise,
 )
 from pipelines.shortcut_scene.pipeline import ShortcutScenePipeline, build_scene, read_poses
+from pipelines.shortcut_scene.rendering import object_color
 from pipelines.shortcut_scene.vae import OccupancyVAE
 
 STEPS = (1, 2, 4, 8, 32)
@@ -76,10 +77,10 @@ class Objects:
         """Of each object, in its canonical cube."""
         return [mesh_from_logits(logits) for logits in self.logits]
 
-    def scene(self) -> trimesh.Scene:
+    def scene(self, colors: Sequence[Sequence[float]] | None = None) -> trimesh.Scene:
         """With a named and coloured node for each; boxes where shapes are not known."""
         logits = None if self.shapes is None else self.logits
-        return build_scene(self.cubes.centre, self.cubes.rotation, self.cubes.size, logits)
+        return build_scene(self.cubes.centre, self.cubes.rotation, self.cubes.size, logits, colors)
 
     def placed(self, meshes: list[trimesh.Trimesh]) -> trimesh.Trimesh:
         """All of them where they lie in the scene, as one mesh."""
@@ -236,8 +237,9 @@ def show(
 ) -> list[list[trimesh.Scene]]:
     """Scenes to look at: the true ones of some rows of a data set, then for each step count those of the model.
 
-    The model takes shortcuts if it knows step sizes and `use_shortcut` is set. Its noise is that of `generate`, objects
-    have colours by number, and without a VAE they are boxes.
+    The model takes shortcuts if it knows step sizes and `use_shortcut` is set. Its noise is that of `generate`. True
+    objects have the colours of the scene's metadata, generated ones that of the nearest true one in a one-to-one match;
+    without a VAE they are boxes.
     """
     items, names = [dataset[row] for row in rows], [dataset.scene_ids[row] for row in rows]
     has_vae = pipeline.vae is not None
@@ -245,7 +247,21 @@ def show(
     use_shortcut = use_shortcut and pipeline.transformer.config.use_shortcut
     settings = {"use_shortcut": use_shortcut, "guidance_scale": 1.0, "seed": seed}
     shown += [predict(pipeline, items, names, count, with_shapes=has_vae, **settings) for count in steps]
-    return [[objects.scene() for objects in scenes] for scenes in shown]
+    colors = [true_colors(dataset, row, len(objects.cubes)) for row, objects in zip(rows, shown[0], strict=True)]
+    matches = [
+        [match(true.cubes.centre, objects.cubes.centre)[0] for true, objects in zip(shown[0], scenes, strict=True)]
+        for scenes in shown
+    ]
+    return [
+        [objects.scene(known[order]) for objects, known, order in zip(scenes, colors, orders, strict=True)]
+        for scenes, orders in zip(shown, matches, strict=True)
+    ]
+
+
+def true_colors(dataset: SceneDataset, row: int, count: int) -> np.ndarray:
+    """(count, 3) sRGB in [0, 1]: what the scene's metadata say, or the palette."""
+    given = read_metadata(Path(dataset.root) / dataset.split / dataset.scene_ids[row]).get("colors") or []
+    return np.array(given if len(given) == count else [object_color(number) for number in range(count)])
 
 
 # --- measures -------------------------------------------------------------------------------------------------------

@@ -583,7 +583,11 @@ def read_poses(raw: Sample) -> dict[str, np.ndarray]:
 
 
 def build_scene(
-    translation: np.ndarray, rotation: np.ndarray, size: np.ndarray, logits: np.ndarray | None = None
+    translation: np.ndarray,
+    rotation: np.ndarray,
+    size: np.ndarray,
+    logits: np.ndarray | None = None,
+    colors: Sequence[Sequence[float]] | None = None,
 ) -> trimesh.Scene:
     """Objects (N, ...) as named and coloured nodes of one scene; boxes where there are no logits."""
     meshes = []
@@ -591,7 +595,7 @@ def build_scene(
         mesh = trimesh.creation.box() if logits is None else mesh_from_logits(logits[i])
         meshes.append(place(mesh, rotation[i], np.log(size[i]), translation[i]))
     names = [f"object_{i}" for i in range(len(meshes))]
-    return assemble(meshes, names, [object_color(i) for i in range(len(meshes))])
+    return assemble(meshes, names, [object_color(i) for i in range(len(meshes))] if colors is None else colors)
 
 
 # --- inputs ---------------------------------------------------------------------------------------------------------

@@ -38,6 +38,7 @@ from pipelines.shortcut_scene.evaluation import (
     unpad,
 )
 from pipelines.shortcut_scene.metrics import Boxes
+from pipelines.shortcut_scene.rendering import mesh_colors, object_color
 
 SIDE = 8  # pixels, and voxels
 COUNTS = [2, 3, 4]
@@ -208,6 +209,18 @@ def test_true_and_generated_scenes_can_be_looked_at(dataset):
     boxes = show(oracle(dataset, use_shortcut=False), dataset, [1], [2])[1][0]
     expected = dataset[1]["scale"].exp().prod(-1).sum()
     assert boxes.to_mesh().volume == pytest.approx(float(expected), rel=1e-3)
+
+
+def test_objects_have_the_colour_of_the_true_one_they_are_nearest_to(tmp_path):
+    colors = [[0.9, 0.1, 0.2], [0.2, 0.8, 0.3], [0.1, 0.3, 0.7]]
+    for mark, given in enumerate([colors, None]):
+        write(tmp_path / "val" / f"scene_{mark}", make_latents(3, mark), mark, **({"colors": given} if given else {}))
+    dataset = SceneDataset(tmp_path, "val", conditions=("image",), shuffle_objects=False)
+    true, turned = show(oracle(dataset, reversed_objects), dataset, [0, 1], [1])
+    palette = [object_color(number) for number in range(3)]
+    for scene, order, expected in ((true[0], 1, colors), (turned[0], -1, colors), (turned[1], -1, palette)):
+        shown = [mesh_colors(scene.geometry[f"object_{number}"])[0] for number in range(3)]
+        np.testing.assert_allclose(shown[::order], expected, atol=0.005)
 
 
 def test_padding_of_a_batch_does_not_reach_the_model(dataset):
