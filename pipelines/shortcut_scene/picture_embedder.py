@@ -54,8 +54,8 @@ class PictureEmbedder(nn.Module):
             is_point = (picture[:, 3:] != 0).any(1, keepdim=True).to(picture.dtype)
             centres, shares = average_points(picture[:, 3:], is_point, self.patch_size)
             kept, seen = leave_out(shares[..., 0] > 0)
-            windows = cut_windows(torch.cat([picture, is_point], dim=1), self.patch_size)
-            windows, centres, shares, positions = (select(x, kept) for x in (windows, centres, shares, positions))
+            windows = cut_windows(torch.cat([picture, is_point], dim=1), self.patch_size, kept)
+            centres, shares, positions = (select(x, kept) for x in (centres, shares, positions))
             places = torch.cat([embed_points(centres), shares], dim=-1)
             tokens = self.mlp(self.windows(move_points(windows, centres))) + positions + self.places(places)
         for layer in self.layers:
@@ -83,9 +83,18 @@ def select(x: Tensor, kept: Tensor) -> Tensor:
     return x.gather(1, kept[..., None].expand(-1, -1, x.shape[-1]))
 
 
-def cut_windows(x: Tensor, patch_size: int) -> Tensor:
-    """(B, C, S, S) -> (B, patches, C (3 p)^2): each patch with those around it, 0 beyond the border."""
-    return F.unfold(x, 3 * patch_size, padding=patch_size, stride=patch_size).transpose(1, 2)
+def cut_windows(x: Tensor, patch_size: int, kept: Tensor | None = None) -> Tensor:
+    """(B, C, S, S) -> (B, L, C (3 p)^2): each patch, or those of numbers (B, L), with the ones around it.
+
+    Beyond the border there is 0.
+    """
+    padded = F.pad(x, (patch_size,) * 4)
+    windows = padded.unfold(2, 3 * patch_size, patch_size).unfold(3, 3 * patch_size, patch_size)
+    windows = windows.permute(0, 2, 3, 1, 4, 5)  # (B, S / p, S / p, C, 3 p, 3 p), of which nothing is copied yet
+    if kept is None:
+        return windows.flatten(1, 2).flatten(2)
+    scenes, side = torch.arange(len(x), device=x.device)[:, None], windows.shape[2]
+    return windows[scenes, kept // side, kept % side].flatten(2)
 
 
 def move_points(windows: Tensor, centres: Tensor) -> Tensor:

@@ -192,6 +192,8 @@ def test_what_a_patch_is_made_of():
     assert windows.shape == (2, 16, 3, 12, 12)
     assert torch.equal(windows[:, 5], x[:, :, :12, :12])  # patch (1, 1) and its neighbours
     assert (windows[:, 0, :, :4] == 0).all()  # beyond the border
+    some = cut_windows(x, 4, torch.tensor([[7, 5], [5, 0]])).unflatten(-1, (3, 12, 12))
+    assert torch.equal(some, torch.stack([windows[0, [7, 5]], windows[1, [5, 0]]]))
     is_point = (torch.rand(2, 1, 16, 16) > 0.5).float()
     centre, share = average_points(x * is_point, is_point, 4)
     inside = is_point[0, 0, 4:8, 8:12].bool()  # patch (1, 2)
