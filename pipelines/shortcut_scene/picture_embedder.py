@@ -11,6 +11,7 @@ from pipelines.shortcut.transformer import sincos_positions
 NUM_OCTAVES = 6
 POINT_CHANNELS = 6 * NUM_OCTAVES  # of `embed_points`
 WINDOW_UNIT = 0.25  # metres
+EDGE = 0.25  # metres between neighbouring pixels: further apart they belong to different surfaces
 
 
 class PictureEmbedder(nn.Module):
@@ -28,7 +29,8 @@ class PictureEmbedder(nn.Module):
         if image_size % patch_size:
             raise ValueError(f"`image_size` ({image_size}) must be a multiple of `patch_size` ({patch_size})")
         self.image_size = image_size
-        self.windows = nn.Linear((channels + (channels == 6)) * (3 * patch_size) ** 2, width)
+        # with a pointmap also whether there is a point, and the surface's normal
+        self.windows = nn.Linear((channels + 4 * (channels == 6)) * (3 * patch_size) ** 2, width)
         positions = sincos_positions(width, image_size // patch_size)
         self.register_buffer("positions", positions, persistent=False)
         self.mlp = nn.Sequential(nn.SiLU(), nn.Linear(width, width))
@@ -54,7 +56,8 @@ class PictureEmbedder(nn.Module):
             is_point = (picture[:, 3:] != 0).any(1, keepdim=True).to(picture.dtype)
             centres, shares = average_points(picture[:, 3:], is_point, self.patch_size)
             kept, seen = leave_out(shares[..., 0] > 0)
-            windows = cut_windows(torch.cat([picture, is_point], dim=1), self.patch_size, kept)
+            normals = surface_normals(picture[:, 3:], is_point)
+            windows = cut_windows(torch.cat([picture, is_point, normals], dim=1), self.patch_size, kept)
             centres, shares, positions = (select(x, kept) for x in (centres, shares, positions))
             places = torch.cat([embed_points(centres), shares], dim=-1)
             tokens = self.mlp(self.windows(move_points(windows, centres))) + positions + self.places(places)
@@ -98,10 +101,26 @@ def cut_windows(x: Tensor, patch_size: int, kept: Tensor | None = None) -> Tenso
 
 
 def move_points(windows: Tensor, centres: Tensor) -> Tensor:
-    """Windows (B, K, 7 (3 p)^2) of colour, point, and whether there is one: the same with points about (B, K, 3)."""
-    colors, points, is_point = windows.unflatten(-1, (7, -1)).split((3, 3, 1), dim=2)
+    """Windows (B, K, 10 (3 p)^2) of colour, point, whether there is one, and normal: points relative to (B, K, 3)."""
+    colors, points, is_point, normals = windows.unflatten(-1, (10, -1)).split((3, 3, 1, 3), dim=2)
     points = (points - centres[..., None]) * is_point / WINDOW_UNIT
-    return torch.cat([colors, points, is_point], dim=2).flatten(2)
+    return torch.cat([colors, points, is_point, normals], dim=2).flatten(2)
+
+
+def surface_normals(pointmap: Tensor, is_point: Tensor) -> Tensor:
+    """Unit normals (B, 3, S, S) towards the camera, of neighbouring points; 0 where too few are on one surface."""
+    along, known = [], is_point
+    for axis in (3, 2):
+        steps, weights = [], []
+        for shift in (-1, 1):
+            step = (pointmap.roll(shift, axis) - pointmap) * -shift
+            near = step.norm(dim=1, keepdim=True) < EDGE
+            weights.append(near * is_point * is_point.roll(shift, axis))
+            steps.append(step * weights[-1])
+        along.append(steps[0] + steps[1])
+        known = known * (weights[0] + weights[1]).clamp(max=1)
+    right, down = along
+    return F.normalize(torch.linalg.cross(down, right, dim=1), dim=1) * known
 
 
 def average_points(pointmap: Tensor, is_point: Tensor, patch_size: int) -> tuple[Tensor, Tensor]:
