@@ -135,11 +135,11 @@ def write_report(output_dir: Path, pipelines: dict[str, ShortcutScenePipeline], 
         for item in map(dataset.__getitem__, rows)
     ]
     given = [picture.resize((FINE, FINE), Image.Resampling.NEAREST) for picture in given]
-    front, top = (
-        [[render_scene(scene, FINE, view) for scene in scenes] for scenes in shown.values()]
-        for view in ("front", "top")
-    )
-    front, top = image_grid([given, *front], ["given", *shown], FINE), image_grid(top, list(shown), FINE)
+    front = [[render_scene(scene, FINE) for scene in scenes] for scenes in shown.values()]
+    front = image_grid([given, *front], ["given", *shown], FINE)
+    compared = ["true", f"{NAMES['object']}, 32 steps", f"{NAMES['scene']}, 32 steps"]
+    top = [[render_scene(scene, FINE, "top") for scene in shown[label]] for label in compared]
+    top = image_grid(top, compared, FINE)
 
     keys = ["coverage", "collision", "floor_gap", "distance"]
     table = []
