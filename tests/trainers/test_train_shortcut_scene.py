@@ -15,7 +15,7 @@ from trainers import train_shortcut_scene
 from trainers.common.config import load_config
 
 train = partial(runs.train, system="shortcut_scene")
-LOSSES = [10.169257, 6.986582, 3.696608, 4.156928]
+LOSSES = [9.465008, 7.904522, 3.910464, 4.564957]
 VALIDATED = "--validation.validation_steps=2"
 
 
