@@ -29,7 +29,7 @@ demo: $(STAMP)  ## train on real handwriting, with and without shortcuts, and wr
 demo-shadow: $(STAMP)  ## render shadows, learn to cast them in one step, write outputs/demo-shadow/report.html (15 min)
 	$(BIN)/python -m demos.shadow
 
-demo-scene: $(STAMP)  ## generate whole 3D scenes, with and without a view of one another, write outputs/demo-scene/report.html (20 min)
+demo-scene: $(STAMP)  ## generate whole 3D scenes, with and without a view of one another, write outputs/demo-scene/report.html (15 min)
 	$(BIN)/python -m demos.scene
 
 test: $(STAMP)  ## lint and the fast tests (CPU)

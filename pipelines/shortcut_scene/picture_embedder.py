@@ -49,23 +49,25 @@ class PictureEmbedder(nn.Module):
         if picture.shape[-2:] != (self.image_size, self.image_size):
             height, width = picture.shape[-2:]
             raise ValueError(f"the picture is {width} x {height}, the network was made for {self.image_size} squared")
-        positions, kept, seen = self.positions.to(picture.dtype).expand(len(picture), -1, -1), None, None
+        dtype = self.windows.weight.dtype
+        positions, kept, seen = self.positions.to(dtype).expand(len(picture), -1, -1), None, None
         if self.places is None:
-            tokens = self.mlp(self.windows(cut_windows(picture, self.patch_size))) + positions
+            tokens = self.mlp(self.windows(cut_windows(picture.to(dtype), self.patch_size))) + positions
         else:
-            is_point = (picture[:, 3:] != 0).any(1, keepdim=True).to(picture.dtype)
+            picture = picture.float()  # in half precision neighbouring points would be a centimetre off
+            is_point = (picture[:, 3:] != 0).any(1, keepdim=True).float()
             centres, shares = average_points(picture[:, 3:], is_point, self.patch_size)
             kept, seen = leave_out(shares[..., 0] > 0)
             normals = surface_normals(picture[:, 3:], is_point)
             windows = cut_windows(torch.cat([picture, is_point, normals], dim=1), self.patch_size, kept)
             centres, shares, positions = (select(x, kept) for x in (centres, shares, positions))
-            places = torch.cat([embed_points(centres), shares], dim=-1)
-            tokens = self.mlp(self.windows(move_points(windows, centres))) + positions + self.places(places)
+            places = torch.cat([embed_points(centres), shares], dim=-1).to(dtype)
+            tokens = self.mlp(self.windows(move_points(windows, centres).to(dtype))) + positions + self.places(places)
         for layer in self.layers:
             tokens = layer(tokens, src_key_padding_mask=None if seen is None else ~seen)
         if masks is None:
             return self.norm(tokens), seen
-        own = self.mask_patches(masks.to(picture.dtype).flatten(0, 1)[:, None]).flatten(2).transpose(1, 2)
+        own = self.mask_patches(masks.to(dtype).flatten(0, 1)[:, None]).flatten(2).transpose(1, 2)
         if kept is not None:
             own = select(own, kept.repeat_interleave(masks.shape[1], dim=0))
         return self.norm(tokens[:, None] + own.unflatten(0, masks.shape[:2])), seen

@@ -196,7 +196,8 @@ class ShortcutScenePipeline(DiffusionPipeline):
             told["cond_tokens"] = self.image_encoder(pictures).last_hidden_state
         elif config.condition == "tokens":
             told |= gather_tokens(cond_tokens, config.condition_channels, num_slots)
-        return {name: x.to(device) if x.dtype == torch.bool else x.to(device, dtype) for name, x in told.items()}
+        exact = ("pointmap", "masks", "cond_mask")  # points in float32, and what is no number
+        return {name: x.to(device) if name in exact else x.to(device, dtype) for name, x in told.items()}
 
     def _draw_noise(self, counts: list[int], generator: torch.Generator | list[torch.Generator] | None) -> Sample:
         """Standard normal noise, scene after scene: neither a scene's neighbours nor padding matter to it."""

@@ -362,6 +362,18 @@ def test_bf16_stays_near_float32():
         torch.testing.assert_close(rough[name].float(), exact[name], rtol=0.1, atol=0.1)
 
 
+def test_points_are_exact_in_bf16():
+    network = create()
+    _, _, _, conditions = make()
+    conditions["pointmap"][conditions["pointmap"] != 0] += 100  # of which bf16 would leave halves of a metre
+    picture = torch.cat([conditions["image"].bfloat16(), conditions["pointmap"]], dim=1)
+    seen = []
+    network.condition_embedder.windows.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    network.condition_embedder(picture.float(), None)
+    network.bfloat16().condition_embedder(picture, None)
+    assert torch.equal(seen[1], seen[0].bfloat16())
+
+
 def test_sam3d_has_the_published_number_of_parameters():
     with torch.device("meta"):
         network = SceneShortcutTransformer.from_preset("sam3d", attention_scope=["object"])
