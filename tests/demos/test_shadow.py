@@ -35,7 +35,7 @@ def written(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         for name, value in {"VIEW": small, "NUM_TRAIN": 8, "NUM_TEST": 32, "NUM_SHOWN": 8, "FINE": 32}.items():
             patch.setattr(shadow, name, value)
-        shadow.render(folder / "data")
+        shadow.render(folder / "data", shadow.NUM_TRAIN)
         (folder / "run").mkdir()
         rows = [{"step": i, "loss": 1 / i} for i in range(1, 9)]
         (folder / "run" / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
