@@ -25,7 +25,8 @@ from pipelines.shortcut_scene import (
     rotation_6d,
     rotation_matrix,
 )
-from pipelines.shortcut_scene.pipeline import guide, object_rows
+from pipelines.shortcut_scene.inputs import object_rows
+from pipelines.shortcut_scene.pipeline import guide
 from pipelines.shortcut_scene.rendering import mesh_colors
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
