@@ -22,6 +22,7 @@ from transformers import BaseImageProcessor, PreTrainedModel
 from pipelines.pictures import image_grid
 from pipelines.shortcut_scene.codec import POSES, PoseCodec, rotation_matrix
 from pipelines.shortcut_scene.inputs import (
+    Sample,
     describe,
     expand,
     gather_tokens,
@@ -44,7 +45,6 @@ logger = logging.getLogger(__name__)
 DECODE_CHUNK = 16  # objects whose shapes are decoded together
 GIVEN = ("translation", "rotation", "size", "shape")
 
-Sample = dict[str, Tensor]
 Given = dict[int, dict[str, object]]
 
 
