@@ -25,11 +25,13 @@ from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
 from torch.utils.data import DataLoader
 
-import data_prep
+import objectives
+from backlot.config import load_config
+from data_prep import images
+from objectives.settings import ObjectiveConfig
 from pipelines.shortcut import ShortcutDiT
-from trainers import common, objectives
-from trainers.common.config import RunConfig, load_config
-from trainers.objectives.settings import ObjectiveConfig
+from trainers import common
+from trainers.common.config import RunConfig
 
 BATCH = 128
 
@@ -58,7 +60,7 @@ def bare_loop(config: Config) -> Iterator[None]:
     teacher = copy.deepcopy(model).eval().requires_grad_(False)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-4, fused=True)
     parameters, averages = list(model.parameters()), list(teacher.parameters())
-    loader = DataLoader(data_prep.open_images("digits"), BATCH, shuffle=True, drop_last=True)
+    loader = DataLoader(images.open_images("digits"), BATCH, shuffle=True, drop_last=True)
     while True:
         for batch in loader:
             loss, _ = loss_of(model, teacher, batch, config.objective)
@@ -73,7 +75,7 @@ def bare_loop(config: Config) -> Iterator[None]:
 
 def our_loop(config: Config) -> Iterator[None]:
     """The loop of every training script."""
-    dataset = data_prep.open_images("digits")
+    dataset = images.open_images("digits")
     run = common.TrainingRun(common.create_accelerator(config), config, model=create_network(), dataset=dataset)
     run.resume()
     for batch in run.batches():
@@ -89,7 +91,7 @@ def recipe_loop(config: Config) -> Iterator[None]:
     ema = EMAModel(model.parameters(), decay=0.999, model_cls=ShortcutDiT, model_config=model.config)
     teacher = copy.deepcopy(model).eval()
     optimizer = torch.optim.AdamW(model.parameters(), 1e-4)
-    loader = DataLoader(data_prep.open_images("digits"), BATCH, shuffle=True, drop_last=True)
+    loader = DataLoader(images.open_images("digits"), BATCH, shuffle=True, drop_last=True)
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
     while True:
         for batch in loader:

@@ -22,13 +22,15 @@ import torch
 import yaml
 from PIL import Image
 
-from data_prep.scene_dataset import SceneDataset
-from data_prep.scene_encode import encode_scenes
-from data_prep.scene_synth import build_synth
+from backlot.pictures import image_grid
+from backlot.rendering import render_scene
+from data_prep.scenes.dataset import SceneDataset
+from data_prep.scenes.encode import encode_scenes
+from data_prep.scenes.synth import build_synth
 from demos import report
-from pipelines import image_grid
-from pipelines.shortcut_scene import ShortcutScenePipeline, render_scene, show
-from pipelines.shortcut_scene.evaluation import evaluate, measure_vae
+from evaluation.shortcut_scene import show
+from evaluation.shortcut_scene.measure import evaluate, measure_vae
+from pipelines.shortcut_scene import ShortcutScenePipeline
 
 CONFIG, VAE_CONFIG = Path("configs/shortcut_scene/demo.yaml"), Path("configs/shape_vae/demo.yaml")
 NUM_TRAIN, NUM_TEST, NUM_SHOWN = 3000, 160, 6
@@ -168,7 +170,7 @@ def write_report(output_dir: Path, pipelines: dict[str, ShortcutScenePipeline], 
         "python -m data_prep.scenes encode DIR --vae VAE\n"
         "accelerate launch -q --config_file accelerate_configs/cpu_2proc.yaml trainers/train_shortcut_scene.py \\\n"
         "    --config configs/shortcut_scene/small.yaml --data.data_root DIR --model.vae VAE\n"
-        f"python -m pipelines.shortcut_scene.evaluate {output_dir}/scene --data {output_dir}/data</pre>"
+        f"python -m evaluation.shortcut_scene {output_dir}/scene --data {output_dir}/data</pre>"
         "<pre>from pipelines.shortcut_scene import ShortcutScenePipeline\n"
         f'pipeline = ShortcutScenePipeline.from_pretrained("{output_dir}/scene")\n'
         "pipeline(image=image, pointmap=pointmap, num_objects=5, num_inference_steps=4).scenes[0]</pre>"

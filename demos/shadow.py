@@ -22,12 +22,13 @@ import torch
 import yaml
 from PIL import Image
 
-from data_prep.render_shadows import render_dataset
-from data_prep.shadows import ShadowDataset
+from backlot.pictures import image_grid, to_images
+from data_prep.shadows.dataset import ShadowDataset
+from data_prep.shadows.render import render_dataset
 from demos import report
-from pipelines import image_grid, to_images
-from pipelines.shadow_sdxl import ShadowSDXLPipeline, cast, composite
-from pipelines.shadow_sdxl.evaluation import compute_mean_map, evaluate
+from evaluation.shadow_sdxl import cast
+from evaluation.shadow_sdxl.measure import compute_mean_map, evaluate
+from pipelines.shadow_sdxl import ShadowSDXLPipeline, composite
 
 CONFIG = Path("configs/shadow_sdxl/small48.yaml")
 VIEW = {"image_size": 48, "camera": (6.0, 7.5), "lights_per_view": 4, "num_workers": 2}
@@ -170,10 +171,10 @@ def write_report(output_dir: Path, pipeline: ShadowSDXLPipeline, metrics: dict) 
         f"penumbra for sizes {', '.join(map(str, metrics['size_sweep']['sizes']))}: {widths} pixels.</p>"
     )
     commands = (
-        "<pre>python -m data_prep.render_shadows --out DIR --num_samples 1500 --image_size 512\n"
+        "<pre>python -m data_prep.shadows render --out DIR --num_samples 1500 --image_size 512\n"
         "accelerate launch -q --config_file accelerate_configs/a100_40gb.yaml trainers/train_shadow_sdxl.py \\\n"
         "    --config configs/shadow_sdxl/litmus512.yaml --data.path DIR\n"
-        f"python -m pipelines.shadow_sdxl.evaluate {output_dir}/run --data {output_dir}/data/test\n"
+        f"python -m evaluation.shadow_sdxl {output_dir}/run --data {output_dir}/data/test\n"
         f"python -m pipelines.shadow_sdxl.generate {output_dir}/run --image cut_out.png --phi 0 90 180 270 "
         "--output sweep.png</pre>"
         "<pre>from pipelines.shadow_sdxl import ShadowSDXLPipeline\n"

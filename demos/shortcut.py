@@ -24,11 +24,11 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from data_prep.digits import load_digits
+from backlot.pictures import image_grid
+from data_prep.images.digits import load_digits
 from demos import report
-from pipelines import image_grid
+from evaluation.shortcut.measure import DigitsReference, draw_samples
 from pipelines.shortcut import ShortcutPipeline
-from pipelines.shortcut.evaluation import DigitsReference, draw_samples
 from trainers import train_shortcut
 
 CONFIG = Path("configs/shortcut/digits.yaml")
@@ -174,7 +174,7 @@ def write_report(output_dir: Path, samples: dict, metrics: dict) -> None:
         "<pre>accelerate launch -q --config_file accelerate_configs/cpu.yaml trainers/train_shortcut.py \\\n"
         "    --config configs/shortcut/digits.yaml --learning_rate 5e-4        # your own run\n"
         "... --resume_from_checkpoint latest --max_train_steps 5000          # stop, continue, extend\n"
-        f"python -m pipelines.shortcut.evaluate {output_dir}/shortcut     # these figures, loss by level</pre>"
+        f"python -m evaluation.shortcut {output_dir}/shortcut     # these figures, loss by level</pre>"
         "<pre>from pipelines.shortcut import ShortcutPipeline\n"
         f'pipeline = ShortcutPipeline.from_pretrained("{output_dir}/shortcut")\n'
         "pipeline(class_labels=[3, 7], num_inference_steps=1).images[0].resize((256, 256)).show()\n"

@@ -27,14 +27,14 @@ PRELOAD = [
     "sklearn.datasets",
     "pytest",
     "trainers.common.run",
-    "pipelines.pictures",
-    "trainers.objectives.shortcut",
-    "trainers.objectives.rectified_flow",
-    "pipelines.codecs",
+    "backlot.pictures",
+    "objectives.shortcut",
+    "objectives.rectified_flow",
+    "backlot.codecs",
     "pipelines.shortcut.pipeline",
     "pipelines.shortcut.scheduler",
     "pipelines.shortcut.transformer",
-    "data_prep.images",
+    "data_prep.images.dataset",
     "trainers.train_shortcut",
 ]
 
@@ -160,7 +160,7 @@ def open_run(run_dir: Path, dataset, model=None, **training):
 
 def flow_loss(run, batch: dict):
     """Flow matching where noise and time belong to the sample: the same for every way to batch it."""
-    from trainers.objectives.rectified_flow import flow_matching_loss
+    from objectives.rectified_flow import flow_matching_loss
 
     def network(sample, t, step_size, conditions):
         return run.model(sample, t, step_size, **conditions).sample

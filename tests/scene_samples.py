@@ -1,4 +1,4 @@
-"""Tiny scenes in the format of data_prep/scene_format.py, for the tests of everything that reads them."""
+"""Tiny scenes in the format of data_prep/scenes/format.py, for the tests of everything that reads them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from data_prep.scene_format import read_metadata, read_tensors, write_metadata, write_scene
+from data_prep.scenes.format import read_metadata, read_tensors, write_metadata, write_scene
 
 COND_TOKENS, COND_CHANNELS = 5, 7
 
@@ -119,7 +119,7 @@ def write_scenes(
             write_scene(Path(root) / split / scene["metadata"]["scene_id"], **scene, format=format)
             number += 1
     if stats:
-        from data_prep.scene_encode import compute_stats
+        from data_prep.scenes.encode import compute_stats
 
         compute_stats(root)
     return Path(root)

@@ -5,7 +5,7 @@
     ... --resume_from_checkpoint latest        continue where it stopped
     ... --objective.name shortcut              the network also learns how long its step is
 
-DIR is what data_prep.render_shadows writes; the mathematics of the losses is in trainers/objectives.
+DIR is what data_prep.shadows render writes; the mathematics of the losses is in objectives.
 """
 
 from __future__ import annotations
@@ -15,12 +15,15 @@ from typing import Annotated, Literal
 import lazy_loader
 from pydantic import Field, model_validator
 
-import data_prep
-import pipelines
+import backlot
+import objectives
+from backlot.config import Section, load_config
+from data_prep import shadows
+from evaluation import shadow_sdxl as evaluation
+from objectives.settings import NoiseLevelConfig, ObjectiveConfig
 from pipelines import shadow_sdxl
-from trainers import common, objectives
-from trainers.common.config import RunConfig, Section, load_config
-from trainers.objectives.settings import NoiseLevelConfig, ObjectiveConfig
+from trainers import common
+from trainers.common.config import RunConfig
 
 torch = lazy_loader.load("torch")  # like the packages above: a wrong configuration is answered before it loads
 
@@ -52,7 +55,7 @@ class ModelConfig(Section):
 
 class DataConfig(Section):
     path: str
-    """Folder, tar or folder of tars in a format of data_prep/shadows.py."""
+    """Folder, tar or folder of tars in a format of data_prep/shadows/dataset.py."""
     validation_path: str | None = None
     """Other objects for validation; null: 5 % of the objects of `path`."""
     image_size: int = Field(1024, gt=0)
@@ -174,12 +177,12 @@ def validate(model, run: common.TrainingRun, config: Config, pipeline, held_out:
     true = torch.stack([item["shadow_map"] for item in held_out])
     rows = [torch.stack([(item["object_image"] + 1) / 2 for item in shown]), true[: len(shown)]]
     for steps in settings.num_inference_steps:
-        maps = shadow_sdxl.cast(pipeline, held_out, num_inference_steps=steps, batch_size=settings.batch_size)
-        measured = shadow_sdxl.measure_maps(maps, true)
+        maps = evaluation.cast(pipeline, held_out, num_inference_steps=steps, batch_size=settings.batch_size)
+        measured = evaluation.measure_maps(maps, true)
         scalars |= {f"{name}/{steps}": float(values.mean()) for name, values in measured.items()}
         rows.append(maps[: len(shown)])
     names = ["object", "true", *(f"{n} step{'s' * (n > 1)}" for n in settings.num_inference_steps)]
-    return scalars, {"shadows": pipelines.image_grid([pipelines.to_images(row) for row in rows], names, cell=128)}
+    return scalars, {"shadows": backlot.image_grid([backlot.to_images(row) for row in rows], names, cell=128)}
 
 
 def open_data(config: Config, accelerator):
@@ -187,17 +190,17 @@ def open_data(config: Config, accelerator):
     data, model = config.data, config.model
     train_split, held_out_split = ("all", "all") if data.validation_path else ("train", "validation")
     try:
-        train = data_prep.ShadowDataset(
+        train = shadows.ShadowDataset(
             data.path, split=train_split, image_size=data.image_size, horizontal_flip=data.horizontal_flip
         )
-        held_out = data_prep.ShadowDataset(
+        held_out = shadows.ShadowDataset(
             data.validation_path or data.path, split=held_out_split, image_size=data.image_size
         )
         held_out.check_disjoint(train)
         if model.vae and data.cache_latents:
             pixels = config.objective.pixel_weight > 0
             with accelerator.main_process_first():
-                train = data_prep.open_latents(train, model.vae, device=accelerator.device, pixels=pixels)
+                train = shadows.open_latents(train, model.vae, device=accelerator.device, pixels=pixels)
         count = min(config.validation.num_samples, len(held_out))
         rows = [i * len(held_out) // count for i in range(count)] if accelerator.is_main_process else []
         return train, [held_out[row] for row in rows]
@@ -214,13 +217,13 @@ def create_unet(config: Config, vae):
         settings |= {"knows_step_size": True, "smallest_step": 1 / config.shortcut.denoise_timesteps}
     elif name != "flow":
         settings |= {"prediction_type": name}
-    settings["sample_size"], rest = divmod(config.data.image_size, pipelines.vae_scale_factor(vae))
+    settings["sample_size"], rest = divmod(config.data.image_size, backlot.vae_scale_factor(vae))
     try:
         if rest:
             raise ValueError(f"data.image_size {config.data.image_size} is no multiple of the latents' side")
         if model.pretrained_model:
             return shadow_sdxl.ShadowUNet.from_sdxl(model.pretrained_model, **settings)
-        return shadow_sdxl.ShadowUNet(latent_channels=pipelines.latent_channels(vae), **shape, **settings)
+        return shadow_sdxl.ShadowUNet(latent_channels=backlot.latent_channels(vae), **shape, **settings)
     except (OSError, ValueError) as error:
         raise SystemExit(f"model: {error}") from error
 
@@ -229,7 +232,7 @@ def main(argv: list[str] | None = None) -> None:
     config = load_config(Config, argv)
     accelerator = common.create_accelerator(config)
     dataset, held_out = open_data(config, accelerator)
-    vae = pipelines.load_vae(config.model.vae, config.model.pixel_block_size).to(accelerator.device)
+    vae = backlot.load_vae(config.model.vae, config.model.pixel_block_size).to(accelerator.device)
     torch.manual_seed(config.training.seed)
     unet = create_unet(config, vae)
     scheduler = shadow_sdxl.create_scheduler(unet.config.prediction_type)

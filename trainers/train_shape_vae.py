@@ -15,11 +15,13 @@ from typing import Literal
 import lazy_loader
 from pydantic import Field
 
-import data_prep
-import pipelines
+import backlot
+from backlot import rendering
+from backlot.config import Section, load_config
+from data_prep import scenes
 from pipelines import shortcut_scene
 from trainers import common
-from trainers.common.config import RunConfig, Section, TrainingConfig, load_config
+from trainers.common.config import RunConfig, TrainingConfig
 
 torch = lazy_loader.load("torch")  # like the packages above: a wrong configuration is answered before it loads
 PICTURE_SIZE = 96
@@ -46,7 +48,7 @@ class ModelConfig(Section):
 
 class DataConfig(Section):
     path: str
-    """Folder of scenes with the splits train and val (data_prep/scene_format.py): their shapes are learnt."""
+    """Folder of scenes with the splits train and val (data_prep/scenes/format.py): their shapes are learnt."""
     flip: bool = False
     """Mirror half of the shapes in x and half of them in y."""
     rotate: bool = False
@@ -125,7 +127,7 @@ def validate(model, run: common.TrainingRun, config: Config, held_out):
         for name, value in values.items():
             totals[name] = totals.get(name, 0.0) + float(value) * len(part) / len(held_out)
     rows = [[draw(grid[0]) for grid in grids] for grids in (20 * held_out[:shown] - 10, decoded)]
-    return totals, {"shapes": pipelines.image_grid(rows, ["true", "decoded"])}
+    return totals, {"shapes": backlot.image_grid(rows, ["true", "decoded"])}
 
 
 def compare(decoded, true) -> dict:
@@ -138,10 +140,10 @@ def compare(decoded, true) -> dict:
 
 def draw(logits):
     """A picture of the surface of a grid (R, R, R); of nothing where it is empty."""
-    camera = shortcut_scene.Camera.look_at((1.1, -1.9, 1.3), (0, 0, 0), 38)
+    camera = rendering.Camera.look_at((1.1, -1.9, 1.3), (0, 0, 0), 38)
     meshes = [shortcut_scene.mesh_from_logits(logits.numpy())] if (logits > 0).any() else []
-    colors = [shortcut_scene.object_color(0)] * len(meshes)
-    return shortcut_scene.render(meshes, colors, camera, PICTURE_SIZE, supersample=2, floor=False).image()
+    colors = [rendering.object_color(0)] * len(meshes)
+    return rendering.render(meshes, colors, camera, PICTURE_SIZE, supersample=2, floor=False).image()
 
 
 def create_vae(config: Config):
@@ -160,8 +162,8 @@ def open_data(config: Config, resolution: int, is_main_process: bool):
     """The training shapes, and (N, 1, R, R, R) held-out ones, spread over their split; one line if they do not fit."""
     data = config.data
     try:
-        train = data_prep.OccupancyDataset(data.path, "train", flip=data.flip, rotate=data.rotate)
-        held_out = data_prep.OccupancyDataset(data.path, "val")
+        train = scenes.OccupancyDataset(data.path, "train", flip=data.flip, rotate=data.rotate)
+        held_out = scenes.OccupancyDataset(data.path, "val")
     except (OSError, ValueError) as error:
         raise SystemExit(f"data: {error}") from error
     for dataset in (train, held_out):

@@ -5,7 +5,7 @@
     ... --resume_from_checkpoint latest            continue where it stopped
     ... --objective.name flow_matching             a baseline on the same network, data and budget
 
-Top to bottom: what can be set, the loss of one micro-batch, validation, the loop. See also trainers/objectives.
+Top to bottom: what can be set, the loss of one micro-batch, validation, the loop. See also objectives.
 """
 
 from __future__ import annotations
@@ -16,12 +16,15 @@ from typing import Literal
 import lazy_loader
 from pydantic import Field, model_validator
 
-import data_prep
-import pipelines
+import backlot
+import objectives
+from backlot import latent_cache
+from backlot.config import Section, load_config
+from data_prep import images
+from objectives.settings import ObjectiveConfig
 from pipelines import shortcut
-from trainers import common, objectives
-from trainers.common.config import RunConfig, Section, load_config
-from trainers.objectives.settings import ObjectiveConfig
+from trainers import common
+from trainers.common.config import RunConfig
 
 torch = lazy_loader.load("torch")  # like the packages above: a wrong configuration is answered before it loads
 logger = logging.getLogger(__name__)
@@ -46,7 +49,7 @@ class ModelConfig(Section):
 
 class DataConfig(Section):
     dataset_name: Literal["digits", "mnist", "imagefolder", "hub", "latents"] = "digits"
-    """`digits` is bundled with scikit-learn; `latents` is a folder written by data_prep.encode_latents."""
+    """`digits` is bundled with scikit-learn; `latents` is a folder written by data_prep.images.encode."""
     path: str | None = None
     """Folder of the files, or the hub's dataset name."""
     image_size: int | None = Field(None, gt=0)
@@ -164,7 +167,7 @@ def validate(model, run: common.TrainingRun, config: Config, pipeline, held_out:
     scalars = {name: float(value) for name, value in compute_loss(run, batch, config, teacher, model)[1].items()}
     if scalars.get("flow_target_outside_clip", 0) > 0.01:
         logger.warning("over 1 % of the flow targets exceed objective.target_clip: the data's range does not fit it")
-    return scalars, {"samples": pipelines.image_grid(rows, names, cell=64)}
+    return scalars, {"samples": backlot.image_grid(rows, names, cell=64)}
 
 
 def create_pipeline(transformer, config: Config):
@@ -183,7 +186,7 @@ def create_pipeline(transformer, config: Config):
             scheduler.set_timesteps(steps)
     except ValueError as error:
         raise SystemExit(f"validation.num_inference_steps: {error}") from error
-    vae = pipelines.load_vae(config.data.vae).to(transformer.device) if config.data.vae else None
+    vae = backlot.load_vae(config.data.vae).to(transformer.device) if config.data.vae else None
     return shortcut.ShortcutPipeline(transformer, scheduler, vae)
 
 
@@ -192,12 +195,12 @@ def open_split(config: Config, split: str):
     data, quarantine = config.data, config.training.output_dir / "quarantine.jsonl"
     try:
         if data.dataset_name == "latents":
-            fingerprint = data_prep.vae_fingerprint(data.vae)
-            return data_prep.LatentDataset(
+            fingerprint = latent_cache.vae_fingerprint(data.vae)
+            return images.LatentDataset(
                 data.path, split=split, horizontal_flip=data.horizontal_flip, vae_fingerprint=fingerprint
             )
         settings = data.model_dump(exclude={"vae"})
-        return data_prep.open_images(**settings, split=split, quarantine_path=quarantine)
+        return images.open_images(**settings, split=split, quarantine_path=quarantine)
     except (OSError, ValueError, ImportError) as error:
         raise SystemExit(f"data: {error}") from error
 
@@ -208,7 +211,7 @@ def main(argv: list[str] | None = None) -> None:
     accelerator = common.create_accelerator(config)
     dataset, held_out = open_split(config, "train"), open_split(config, "validation")
     count = min(config.validation.num_samples, len(held_out))  # spread out: folders list one class after another
-    rows = [common.SampleKey(i * len(held_out) // count) for i in range(count)]
+    rows = [backlot.SampleKey(i * len(held_out) // count) for i in range(count)]
     held_out = torch.utils.data.default_collate([held_out[row] for row in rows])
     sample = held_out.get("latents", held_out.get("pixel_values"))
     torch.manual_seed(config.training.seed)

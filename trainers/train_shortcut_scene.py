@@ -5,7 +5,7 @@
     ... --resume_from_checkpoint latest        continue where it stopped
     ... --self_consistency_prob 0              plain flow matching, the baseline
 
-DIR is what data_prep.scenes writes. The objective (arXiv 2511.16624, 2410.12557) is in trainers/objectives/scene.py.
+DIR is what data_prep.scenes writes. The objective (arXiv 2511.16624, 2410.12557) is in objectives/scene.py.
 """
 
 from __future__ import annotations
@@ -17,12 +17,16 @@ from typing import Annotated, ClassVar, Literal
 import lazy_loader
 from pydantic import Field, model_validator
 
-import data_prep
-import pipelines
+import backlot
+import objectives
+from backlot import rendering
+from backlot.config import Section, load_config
+from data_prep import scenes
+from evaluation import shortcut_scene as evaluation
+from objectives.settings import SceneObjectiveConfig
 from pipelines import shortcut_scene
-from trainers import common, objectives
-from trainers.common.config import RunConfig, Section, load_config
-from trainers.objectives.settings import SceneObjectiveConfig
+from trainers import common
+from trainers.common.config import RunConfig
 
 torch = lazy_loader.load("torch")  # like the packages above: a wrong configuration is answered before it loads
 logger = logging.getLogger(__name__)
@@ -170,10 +174,10 @@ def validate(model, run: common.TrainingRun, config: Config, pipeline, held_out)
     scalars["loss"] = sum(scalars.values()) / len(scalars)
 
     steps = config.validation.num_inference_steps
-    scenes = shortcut_scene.show(pipeline, held_out, rows[:6], steps)
-    pictures = [[shortcut_scene.render_scene(scene, size=128) for scene in row] for row in scenes]
+    shown = evaluation.show(pipeline, held_out, rows[:6], steps)
+    pictures = [[rendering.render_scene(scene, size=128) for scene in row] for row in shown]
     names = ["true", *(f"{count} step" + "s" * (count > 1) for count in steps)]
-    return scalars, {"scenes": pipelines.image_grid(pictures, names, cell=128)}
+    return scalars, {"scenes": backlot.image_grid(pictures, names, cell=128)}
 
 
 def open_data(config: Config):
@@ -187,8 +191,8 @@ def open_data(config: Config):
             codec = shortcut_scene.PoseCodec.from_pretrained(data.data_root)
         else:
             codec = shortcut_scene.PoseCodec(data.pose_codec)
-        train = data_prep.SceneDataset(data.data_root, "train", codec, batch_mode=config.shortcut.mode, **settings)
-        held_out = data_prep.SceneDataset(data.data_root, "val", codec, **settings)
+        train = scenes.SceneDataset(data.data_root, "train", codec, batch_mode=config.shortcut.mode, **settings)
+        held_out = scenes.SceneDataset(data.data_root, "val", codec, **settings)
     except (OSError, ValueError) as error:
         raise SystemExit(f"data: {error}") from error
     return codec, train, held_out

@@ -5,9 +5,7 @@ import lazy_loader
 __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
-        "evaluation": ["cast"],
         "light": ["LIGHT_RANGES", "blob_map", "embed_light"],
-        "metrics": ["MAP_METRICS", "measure_maps"],
         "pipeline": ["ShadowSDXLPipeline", "ShadowSDXLPipelineOutput", "composite", "create_scheduler"],
         "unet": ["NUM_TIMESTEPS", "ShadowUNet"],
     },

@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING
 import torch
 from PIL import Image, ImageColor, ImageOps
 
-from pipelines.command_line import DTYPES, Parser, fail, load_pipeline, number
+from backlot.codecs import DTYPES
+from backlot.command_line import Parser, fail, number
+from backlot.loading import load_pipeline
 from pipelines.shadow_sdxl.light import LIGHT_RANGES
 from pipelines.shadow_sdxl.pipeline import ShadowSDXLPipeline, composite, find_mask
 

@@ -18,8 +18,10 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageColor, ImageFilter, ImageOps
 
-from pipelines.command_line import DTYPES, Parser, fail, load_pipeline, number
-from pipelines.pictures import image_grid
+from backlot.codecs import DTYPES
+from backlot.command_line import Parser, fail, number
+from backlot.loading import load_pipeline
+from backlot.pictures import image_grid
 from pipelines.shadow_sdxl.light import LIGHT_RANGES
 from pipelines.shadow_sdxl.pipeline import ShadowSDXLPipeline, composite, find_mask
 

@@ -14,7 +14,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image, ImageColor
 from torch import Tensor
 
-from pipelines.codecs import PixelCodec, vae_scale_factor
+from backlot.codecs import PixelCodec, vae_scale_factor
 from pipelines.shadow_sdxl.light import check_light
 from pipelines.shadow_sdxl.unet import NUM_TIMESTEPS, ShadowUNet
 

@@ -14,7 +14,7 @@ from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from torch import Tensor
 
-from pipelines.codecs import PixelCodec
+from backlot.codecs import PixelCodec
 from pipelines.shortcut.scheduler import ShortcutScheduler
 from pipelines.shortcut.transformer import ShortcutDiT
 

@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.attention import AttentionModuleMixin
 from diffusers.models.attention_dispatch import dispatch_attention_fn
-from diffusers.models.embeddings import get_timestep_embedding
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.modeling_utils import ModelMixin
 from torch import Tensor, nn
+
+from backlot.layers import ScalarEmbedder, sincos_positions
 
 # hidden_size, num_layers, num_attention_heads, patch_size
 SIZES = {
@@ -161,23 +162,6 @@ class ShortcutDiT(ModelMixin, ConfigMixin):
         return Transformer2DModelOutput(sample=velocity) if return_dict else (velocity,)
 
 
-class ScalarEmbedder(nn.Module):
-    """One number per sample -> 256 sinusoids -> two linear layers. (B,) -> (B, hidden_size)."""
-
-    def __init__(self, hidden_size: int, num_features: int = 256):
-        super().__init__()
-        self.num_features = num_features
-        self.linear_1 = nn.Linear(num_features, hidden_size)
-        self.linear_2 = nn.Linear(hidden_size, hidden_size)
-
-    def forward(self, value: Tensor) -> Tensor:
-        # The sinusoids in float32 whatever the precision: bf16 cannot tell neighbouring times apart.
-        features = get_timestep_embedding(
-            value.float(), self.num_features, flip_sin_to_cos=True, downscale_freq_shift=0, max_period=10_000
-        )
-        return self.linear_2(F.silu(self.linear_1(features.to(self.linear_1.weight.dtype))))
-
-
 class AttentionProcessor:
     """Calls the attention kernel that `set_attention_backend` chose."""
 
@@ -240,13 +224,3 @@ class DiTBlock(nn.Module):
 def modulate(hidden_states: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """(B, tokens, D) scaled by 1 + scale and shifted, both (B, D)."""
     return hidden_states * (1 + scale[:, None]) + shift[:, None]
-
-
-def sincos_positions(hidden_size: int, rows: int) -> Tensor:
-    """Fixed 2-D sine-cosine positions, (1, rows * rows, hidden_size): half from the column, half from the row."""
-    frequencies = 10_000.0 ** -(torch.arange(hidden_size // 4, dtype=torch.float64) / (hidden_size // 4))
-    angles = torch.arange(rows, dtype=torch.float64)[:, None] * frequencies
-    axis = torch.cat([angles.sin(), angles.cos()], dim=1)
-    column = axis[None].expand(rows, rows, -1)
-    row = axis[:, None].expand(rows, rows, -1)
-    return torch.cat([column, row], dim=-1).reshape(1, rows * rows, hidden_size).float()

@@ -7,10 +7,8 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     submod_attrs={
         "codec": ["MODALITIES", "PoseCodec", "opencv_from_pytorch3d", "rotation_6d", "rotation_matrix"],
         "components": ["create_pipeline", "load_components"],
-        "evaluation": ["generate", "show"],
         "meshes": ["assemble", "export", "load_scene", "mesh_from_logits", "mesh_from_occupancy", "place"],
         "pipeline": ["ShortcutScenePipeline", "ShortcutScenePipelineOutput"],
-        "rendering": ["Camera", "object_color", "render", "render_scene"],
         "transformer": ["PRESETS", "SceneShortcutTransformer"],
         "vae": ["OccupancyVAE"],
     },

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from pipelines.pictures import to_images
+from backlot.pictures import to_images
 from pipelines.shortcut_scene.codec import rotation_6d
 
 Sample = dict[str, Tensor]

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipelines.shortcut.transformer import sincos_positions
+from backlot.layers import sincos_positions
 
 NUM_OCTAVES = 6
 POINT_CHANNELS = 6 * NUM_OCTAVES  # of `embed_points`

@@ -19,7 +19,8 @@ from PIL import Image
 from torch import Tensor
 from transformers import BaseImageProcessor, PreTrainedModel
 
-from pipelines.pictures import image_grid
+from backlot.pictures import image_grid
+from backlot.rendering import object_color, render_scene
 from pipelines.shortcut_scene.codec import POSES, PoseCodec, rotation_matrix
 from pipelines.shortcut_scene.inputs import (
     Sample,
@@ -36,7 +37,6 @@ from pipelines.shortcut_scene.inputs import (
     to_pointmap,
 )
 from pipelines.shortcut_scene.meshes import assemble, export, mesh_from_logits, place
-from pipelines.shortcut_scene.rendering import object_color, render_scene
 from pipelines.shortcut_scene.transformer import SceneShortcutTransformer
 from pipelines.shortcut_scene.vae import OccupancyVAE
 

@@ -19,7 +19,7 @@ from diffusers.models.modeling_utils import ModelMixin
 from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
-from pipelines.shortcut.transformer import ScalarEmbedder
+from backlot.layers import ScalarEmbedder
 from pipelines.shortcut_scene.codec import POSES
 from pipelines.shortcut_scene.picture_embedder import POINT_CHANNELS, PictureEmbedder, embed_points
 

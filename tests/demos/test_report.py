@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from demos import report, shortcut
-from pipelines.shortcut.evaluation import DigitsReference
+from evaluation.shortcut.measure import DigitsReference
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 PICTURE = re.compile(r'<img src="data:image/png;base64,([^"]+)"')

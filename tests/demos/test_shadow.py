@@ -11,8 +11,8 @@ import pytest
 import torch
 from PIL import Image
 
+from backlot.codecs import PixelCodec
 from demos import shadow
-from pipelines import PixelCodec
 from pipelines.shadow_sdxl import ShadowSDXLPipeline, ShadowUNet, create_scheduler
 
 PICTURE = re.compile(r'<img src="data:image/png;base64,([^"]+)"')

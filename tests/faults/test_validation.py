@@ -9,9 +9,9 @@ import pytest
 import runs
 import torch
 
+from backlot.config import load_config
 from pipelines.shortcut import ShortcutDiT
 from trainers import train_shortcut
-from trainers.common.config import load_config
 
 VALIDATION = ["--validation.validation_steps=1", "--validation.num_samples=8", "--model.dropout=0.2"]
 

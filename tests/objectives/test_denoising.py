@@ -7,9 +7,9 @@ import torch
 from diffusers import DDPMScheduler
 from pydantic import ValidationError
 
-from trainers.objectives.denoising import diffusion_loss, draw_sigmas, flow_loss
-from trainers.objectives.rectified_flow import flow_matching_loss
-from trainers.objectives.settings import NoiseLevelConfig
+from objectives.denoising import diffusion_loss, draw_sigmas, flow_loss
+from objectives.rectified_flow import flow_matching_loss
+from objectives.settings import NoiseLevelConfig
 
 CPU = torch.device("cpu")
 TYPES = ("epsilon", "v_prediction", "sample")

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from trainers.objectives.rectified_flow import interpolate, velocity_target
-from trainers.objectives.settings import ObjectiveConfig
-from trainers.objectives.shortcut import Draws, bootstrap_targets, draw, dyadic_level_counts, shortcut_loss
+from objectives.rectified_flow import interpolate, velocity_target
+from objectives.settings import ObjectiveConfig
+from objectives.shortcut import Draws, bootstrap_targets, draw, dyadic_level_counts, shortcut_loss
 
 ARRAYS = np.load(Path(__file__).parents[1] / "fixtures" / "shortcut_targets.npz")
 CASES = {case["name"]: case for case in json.loads(str(ARRAYS["index_json"]))["cases"]}

@@ -7,10 +7,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainers.objectives import scene
-from trainers.objectives.rectified_flow import interpolate
-from trainers.objectives.settings import SCENE_RULES, SceneObjectiveConfig
-from trainers.objectives.shortcut import bootstrap_targets
+from objectives import scene
+from objectives.rectified_flow import interpolate
+from objectives.settings import SCENE_RULES, SceneObjectiveConfig
+from objectives.shortcut import bootstrap_targets
 
 WIDTHS = {"6drotation_normalized": (1, 6), "scale": (1, 3), "shape": (4, 5), "translation": (1, 3)}
 

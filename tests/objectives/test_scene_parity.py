@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from trainers.objectives.rectified_flow import euler_step, interpolate, take, velocity_target
-from trainers.objectives.scene import scene_loss
-from trainers.objectives.settings import SceneObjectiveConfig
-from trainers.objectives.shortcut import Draws, bootstrap_targets
+from objectives.rectified_flow import euler_step, interpolate, take, velocity_target
+from objectives.scene import scene_loss
+from objectives.settings import SceneObjectiveConfig
+from objectives.shortcut import Draws, bootstrap_targets
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 WEIGHTS = {key: torch.from_numpy(value) for key, value in np.load(FIXTURES / "scene_weights.npz").items()}

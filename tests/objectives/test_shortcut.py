@@ -6,10 +6,10 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from trainers.objectives import distillation, reflow
-from trainers.objectives.rectified_flow import euler_step, flow_matching_loss, interpolate, squared_error
-from trainers.objectives.settings import ObjectiveConfig
-from trainers.objectives.shortcut import bootstrap_targets, describe, draw, shortcut_loss
+from objectives import distillation, reflow
+from objectives.rectified_flow import euler_step, flow_matching_loss, interpolate, squared_error
+from objectives.settings import ObjectiveConfig
+from objectives.shortcut import bootstrap_targets, describe, draw, shortcut_loss
 
 PRESETS = ("mixture", "official", "continuous")
 

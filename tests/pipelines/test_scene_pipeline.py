@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoModel, BitImageProcessor, Dinov2Config, Dinov2Model
 
+from backlot.rendering import mesh_colors
 from pipelines.shortcut_scene import (
     OccupancyVAE,
     PoseCodec,
@@ -27,7 +28,6 @@ from pipelines.shortcut_scene import (
 )
 from pipelines.shortcut_scene.inputs import object_rows
 from pipelines.shortcut_scene.pipeline import guide
-from pipelines.shortcut_scene.rendering import mesh_colors
 
 FIXTURES = Path(__file__).parents[1] / "fixtures"
 SIDE = 8  # pixels

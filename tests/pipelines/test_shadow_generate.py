@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from pipelines import PixelCodec
+from backlot.codecs import PixelCodec
 from pipelines.shadow_sdxl import ShadowSDXLPipeline, ShadowUNet, composite, create_scheduler
 from pipelines.shadow_sdxl import demo as demo_program
 from pipelines.shadow_sdxl.generate import PRESETS, TIMES_OF_DAY, cast_shadows, main

@@ -11,7 +11,7 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from PIL import Image, ImageDraw
 
-from pipelines import PixelCodec
+from backlot.codecs import PixelCodec
 from pipelines.shadow_sdxl import ShadowSDXLPipeline, ShadowUNet, composite, create_scheduler
 
 SIDE = 16  # pixels: latents of 8 x 8, two pixels each way
@@ -507,7 +507,7 @@ def test_saving_and_loading_gives_the_same_shadows(overrides, tmp_path):
     index = json.loads((tmp_path / "model_index.json").read_text())
     assert index["_class_name"] == "ShadowSDXLPipeline"
     assert index["unet"] == ["pipelines.shadow_sdxl.unet", "ShadowUNet"]
-    assert index["vae"] == ["pipelines.codecs", "PixelCodec"]
+    assert index["vae"] == ["backlot.codecs", "PixelCodec"]
     assert index["scheduler"][0] == "diffusers"
     loaded = quiet(ShadowSDXLPipeline.from_pretrained(tmp_path))
     assert type(loaded.unet) is ShadowUNet

@@ -7,7 +7,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL
 
-from pipelines import PixelCodec, load_vae
+from backlot.codecs import PixelCodec, load_vae
 from pipelines.shortcut import OFFICIAL, ShortcutDiT, ShortcutPipeline, ShortcutScheduler
 
 CONFIG = {"sample_size": 8, "in_channels": 1, "num_classes": 10, "hidden_size": 32, "num_layers": 2}

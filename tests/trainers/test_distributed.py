@@ -12,9 +12,9 @@ import pytest
 import runs
 import torch
 
-from data_prep import open_images
+from backlot.samples import DataOrder
+from data_prep.images import open_images
 from trainers.common import checkpoints
-from trainers.common.data import DataOrder
 
 PROGRAM = Path(__file__).parent / "two_ranks.py"
 SETTINGS = {"max_train_steps": 12, "logging_steps": 2, "gradient_accumulation_steps": 2, "train_batch_size": 4}

@@ -14,9 +14,9 @@ from diffusers import AutoencoderKL
 from sdxl_checkpoint import write_sdxl
 from shadow_samples import write_folder, write_tar
 
+from backlot.config import load_config
 from pipelines.shadow_sdxl import ShadowSDXLPipeline
 from trainers import train_shadow_sdxl
-from trainers.common.config import load_config
 
 train = partial(runs.train, system="shadow_sdxl")
 LOSSES = [1.140939, 0.997558, 0.903740, 0.665939]

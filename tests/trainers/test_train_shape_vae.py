@@ -13,11 +13,11 @@ import runs
 import torch
 from scene_samples import make_scene, write_scenes
 
-from data_prep.scene_format import pack_occupancy, write_scene
+from backlot.config import load_config
+from data_prep.scenes.format import pack_occupancy, write_scene
 from pipelines.shortcut_scene import OccupancyVAE
 from pipelines.shortcut_scene.vae import GridGaussian
 from trainers import train_shape_vae
-from trainers.common.config import load_config
 
 train = partial(runs.train, system="shape_vae")
 LOSSES = [1.549087, 1.371514, 1.369356, 1.421295]

@@ -11,9 +11,9 @@ import runs
 import torch
 from PIL import Image
 
+from backlot.config import load_config
 from pipelines.shortcut import ShortcutPipeline
 from trainers import train_shortcut
-from trainers.common.config import load_config
 
 
 @pytest.fixture(scope="module")

@@ -10,9 +10,9 @@ import runs
 import torch
 from scene_samples import change_tensors, write_scenes
 
+from backlot.config import load_config
 from pipelines.shortcut_scene import ShortcutScenePipeline
 from trainers import train_shortcut_scene
-from trainers.common.config import load_config
 
 train = partial(runs.train, system="shortcut_scene")
 LOSSES = [9.465008, 7.904522, 3.910464, 4.564957]

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import torch
 
+from objectives import scene
 from trainers import train_shortcut_scene
-from trainers.objectives import scene
 
 
 def digest(tensors) -> str:

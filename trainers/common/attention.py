@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from diffusers import ModelMixin
 
-from trainers.common.config import EXIT_CONFIG, TrainingConfig
-from trainers.common.run_dir import leave
+from backlot.command_line import EXIT_INPUT, leave
+from trainers.common.config import TrainingConfig
 
 
 def configure_network(model: ModelMixin, config: TrainingConfig, dtype: torch.dtype) -> ModelMixin:
@@ -22,7 +22,7 @@ def configure_network(model: ModelMixin, config: TrainingConfig, dtype: torch.dt
             try_attention(config.attention_backend, next(model.parameters()).device, dtype)
         except (ValueError, RuntimeError, ImportError, NotImplementedError) as error:
             reason = str(error).partition("\n")[0] or type(error).__name__
-            raise leave(EXIT_CONFIG, f"attention_backend {config.attention_backend} does not work: {reason}") from error
+            raise leave(EXIT_INPUT, f"attention_backend {config.attention_backend} does not work: {reason}") from error
     return model
 
 

@@ -21,6 +21,8 @@ from collections.abc import Container
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from backlot.files import file_sha256, fsync
+
 MANIFEST = "manifest.json"
 _NAME = re.compile(r"checkpoint-(\d+)")
 logger = logging.getLogger(__name__)
@@ -39,20 +41,20 @@ def commit(temporary: Path) -> Path:
     final = temporary.with_suffix("")
     names = _files(temporary)
     with ThreadPoolExecutor() as pool:
-        digests = list(pool.map(lambda name: _sha256(temporary / name), names))
+        digests = list(pool.map(lambda name: file_sha256(temporary / name), names))
     files = {
         name: {"bytes": (temporary / name).stat().st_size, "sha256": digest}
         for name, digest in zip(names, digests, strict=True)
     }
     (temporary / MANIFEST).write_bytes(_seal({"format": 1, "step": step_of(final), "files": files}))
     for name in [*names, MANIFEST]:
-        _fsync(temporary / name)
+        fsync(temporary / name)
     for folder in {(temporary / name).parent for name in [*names, MANIFEST]}:
-        _fsync(folder)
+        fsync(folder)
     if final.exists():  # a damaged one that the run fell back from
         _remove(final)
     temporary.rename(final)
-    _fsync(final.parent)
+    fsync(final.parent)
     return final
 
 
@@ -79,7 +81,7 @@ def verify(checkpoint: Path) -> list[str]:
         size = (checkpoint / name).stat().st_size
         if size != files[name]["bytes"]:
             return f"{name}: {size} bytes instead of {files[name]['bytes']}"
-        return None if _sha256(checkpoint / name) == files[name]["sha256"] else f"{name}: content changed"
+        return None if file_sha256(checkpoint / name) == files[name]["sha256"] else f"{name}: content changed"
 
     with ThreadPoolExecutor() as pool:
         found = pool.map(check, [name for name in present if name in files])
@@ -133,14 +135,6 @@ def step_of(checkpoint: Path) -> int:
     return int(match[1])
 
 
-def write_json(path: Path, content: dict) -> None:
-    path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-
-
-def read_json(path: Path) -> dict:
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
 def _seal(manifest: dict) -> bytes:
     """The manifest as bytes, with a digest of itself."""
     digest = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
@@ -153,19 +147,6 @@ def _files(folder: Path) -> list[str]:
     for parent, _, files in os.walk(folder):
         names += [str((Path(parent) / name).relative_to(folder)) for name in files]
     return sorted(name for name in names if name != MANIFEST)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _remove(checkpoint: Path) -> None:

@@ -27,16 +27,19 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
+from backlot.command_line import EXIT_INPUT, EXIT_RESUME, leave
+from backlot.files import read_json, write_json
+from backlot.samples import DataOrder, derive_seed
 from trainers.common import checkpoints
 from trainers.common.attention import configure_network
-from trainers.common.checkpoints import read_json, step_of, write_json
-from trainers.common.config import EXIT_CONFIG, RunConfig
-from trainers.common.data import DataOrder, StreamSampler, abandon_workers, create_loader, derive_seed
+from trainers.common.checkpoints import step_of
+from trainers.common.config import RunConfig
 from trainers.common.ema import EMA
+from trainers.common.loader import StreamSampler, abandon_workers, create_loader
 from trainers.common.meter import Meter
 from trainers.common.optimization import create_lr_scheduler, create_optimizer, set_schedule_step
-from trainers.common.run_dir import export_pipeline, leave, lock, refuse_to_overwrite, write_description
-from trainers.common.signals import EXIT_RESUME, StopRequested, StopSignal
+from trainers.common.run_dir import claim, export_pipeline, refuse_to_overwrite, write_description
+from trainers.common.signals import StopRequested, StopSignal
 from trainers.common.tracking import TRACKERS, Tracking
 
 EXIT_NONFINITE = 3
@@ -59,17 +62,17 @@ def create_accelerator(config: RunConfig) -> Accelerator:
     expected = training.expected_processes or launched
     if accelerator.num_processes != expected:
         raise leave(
-            EXIT_CONFIG,
+            EXIT_INPUT,
             f"expected {expected} processes, Accelerate runs {accelerator.num_processes} "
             "(on CPUs, several need ACCELERATE_USE_CPU=true and accelerate_configs/cpu_2proc.yaml)",
         )
     if accelerator.distributed_type not in SUPPORTED:
-        raise leave(EXIT_CONFIG, f"{accelerator.distributed_type} is not supported: use one process or DDP")
+        raise leave(EXIT_INPUT, f"{accelerator.distributed_type} is not supported: use one process or DDP")
     if accelerator.mixed_precision not in ("no", "bf16"):
-        raise leave(EXIT_CONFIG, f"mixed precision {accelerator.mixed_precision} is not supported: use bf16 or no")
+        raise leave(EXIT_INPUT, f"mixed precision {accelerator.mixed_precision} is not supported: use bf16 or no")
     if accelerator.gradient_accumulation_steps != training.gradient_accumulation_steps:
         raise leave(
-            EXIT_CONFIG,
+            EXIT_INPUT,
             f"the launch configuration sets gradient_accumulation_steps {accelerator.gradient_accumulation_steps}, "
             f"the run {training.gradient_accumulation_steps}: leave it out of the launch configuration",
         )
@@ -111,7 +114,7 @@ class TrainingRun:
         self.order = DataOrder(len(dataset), self.training.seed)
         self.step = self.consumed_samples = 0
         self.resumed_plan: int | None = None
-        self._lock = lock(self.run_dir) if accelerator.is_main_process else None
+        self._lock = claim(self.run_dir) if accelerator.is_main_process else None
         self._micro_step, self._nonfinite = 0, 0
         self._saved: set[Path] = set()
         self._resumed_from: Path | None = None
@@ -186,17 +189,17 @@ class TrainingRun:
             found = checkpoints.find_latest(self.run_dir)
             # `auto` starts afresh only where there is nothing at all: a folder of damaged checkpoints is an error.
             if found is None and (wanted == "latest" or checkpoints.list_checkpoints(self.run_dir)):
-                raise leave(EXIT_CONFIG, f"no intact checkpoint in {self.run_dir}")
+                raise leave(EXIT_INPUT, f"no intact checkpoint in {self.run_dir}")
             return found
         checkpoint = Path(wanted)
         problems = checkpoints.verify(checkpoint) if checkpoint.is_dir() else ["no such folder"]
         if problems:
-            raise leave(EXIT_CONFIG, f"cannot resume from {checkpoint}: {'; '.join(problems)}")
+            raise leave(EXIT_INPUT, f"cannot resume from {checkpoint}: {'; '.join(problems)}")
         if checkpoint.resolve().parent == self.run_dir.resolve():
             newest = checkpoints.find_latest(self.run_dir)
             if newest is not None and step_of(newest) > step_of(checkpoint):
                 raise leave(
-                    EXIT_CONFIG, f"{newest} is newer than {checkpoint}: continue an older one in another --output_dir"
+                    EXIT_INPUT, f"{newest} is newer than {checkpoint}: continue an older one in another --output_dir"
                 )
         return checkpoint
 
@@ -205,7 +208,7 @@ class TrainingRun:
         for key, now in (("num_samples", self.order.num_samples), ("seed", self.order.seed)):
             if state[key] != now:
                 raise leave(
-                    EXIT_CONFIG, f"{checkpoint} was trained with {key} {state[key]}, now it is {now}: start a new run"
+                    EXIT_INPUT, f"{checkpoint} was trained with {key} {state[key]}, now it is {now}: start a new run"
                 )
         settings = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
         self.accelerator.load_state(str(checkpoint))

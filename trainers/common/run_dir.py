@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import fcntl
 import importlib.metadata
-import os
 import platform
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 from typing import IO
 
 from diffusers import DiffusionPipeline, ModelMixin
 
-from trainers.common.checkpoints import list_checkpoints, write_json
-from trainers.common.config import EXIT_CONFIG, RunConfig, dump_config
+from backlot.command_line import EXIT_INPUT, leave
+from backlot.config import dump_config
+from backlot.files import LockedError, lock, write_json
+from trainers.common.checkpoints import list_checkpoints
+from trainers.common.config import RunConfig
 
 PACKAGES = ("torch", "accelerate", "diffusers", "transformers", "safetensors", "numpy")
 
@@ -27,24 +27,17 @@ def refuse_to_overwrite(run_dir: Path, resume: str | None) -> None:
     )
     if not continues and list_checkpoints(run_dir):
         raise leave(
-            EXIT_CONFIG,
+            EXIT_INPUT,
             f"{run_dir} holds checkpoints: add --resume_from_checkpoint latest, or choose another --output_dir",
         )
 
 
-def lock(run_dir: Path) -> IO[str]:
-    """Claim the folder for this process; the lock ends with the process, however it ends. Keep the file open."""
-    run_dir.mkdir(parents=True, exist_ok=True)
-    file = (run_dir / "lock").open("a+", encoding="utf-8")
+def claim(run_dir: Path) -> IO[str]:
+    """The folder's lock, for this process alone."""
     try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        file.seek(0)
-        raise leave(EXIT_CONFIG, f"{run_dir} is in use by process {file.read().strip() or 'unknown'}") from None
-    file.truncate(0)
-    file.write(f"{os.getpid()} on {platform.node()}\n")
-    file.flush()
-    return file
+        return lock(run_dir / "lock")
+    except LockedError as error:
+        raise leave(EXIT_INPUT, f"{run_dir} is in use by process {error}") from None
 
 
 def write_description(run_dir: Path, config: RunConfig, num_processes: int, device: str) -> None:
@@ -81,9 +74,3 @@ def export_pipeline(run_dir: Path, pipeline: DiffusionPipeline | ModelMixin) -> 
             shutil.rmtree(target)
         source.rename(target)
     temporary.rmdir()
-
-
-def leave(code: int, message: str) -> SystemExit:
-    """An exit with one line on stderr: `raise leave(2, "...")`."""
-    print(message, file=sys.stderr, flush=True)
-    return SystemExit(code)

@@ -1,0 +1,11 @@
+"""Whole 3D scenes: shapes, poses, pictures. Names load on first use."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "dataset": ["SceneDataset"],
+        "occupancy": ["OccupancyDataset"],
+    },
+)

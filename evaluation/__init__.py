@@ -1,0 +1,1 @@
+"""What is measured and how, one folder per system: definitions, a model on data, and the command."""

@@ -1,0 +1,11 @@
+"""Measures of shadows. Names load on first use."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "measure": ["cast"],
+        "metrics": ["MAP_METRICS", "measure_maps"],
+    },
+)

@@ -1,0 +1,235 @@
+"""A configuration is typed, complete and answered in one line per mistake, before anything heavy is loaded."""
+
+from __future__ import annotations
+
+import importlib
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from pydantic import Field
+from runs import ROOT, TINY
+
+from backlot.config import Section, dump_config, load_config
+from trainers.common.config import RunConfig, TrainingConfig
+from trainers.train_shortcut import Config
+
+CONFIGS = sorted((ROOT / "configs").glob("*/*.yaml"))
+
+
+class Optics(Section):
+    seed: int = 1
+    focus: float = Field(2.0, gt=0)
+
+
+class TwoSections(RunConfig):
+    optics: Optics = Optics()
+
+
+def refusal(capsys, *argv: str, config_class=Config) -> str:
+    with pytest.raises(SystemExit) as exit_:
+        load_config(config_class, list(argv))
+    assert exit_.value.code == 2
+    text = capsys.readouterr().err
+    assert "Traceback" not in text
+    return text
+
+
+def yaml_file(tmp_path: Path, text: str, name: str = "config.yaml") -> str:
+    (tmp_path / name).write_text(text)
+    return str(tmp_path / name)
+
+
+def test_yaml_reads_1e_4_as_text_and_typing_heals_it(tmp_path):
+    text = "training: {output_dir: o, max_train_steps: 1, train_batch_size: 2, learning_rate: 1e-4}"
+    assert yaml.safe_load(text)["training"]["learning_rate"] == "1e-4"
+    assert load_config(Config, ["--config", yaml_file(tmp_path, text)]).training.learning_rate == 1e-4
+
+
+@pytest.mark.parametrize(
+    "override",
+    [["--training.learning_rate", "3e-4"], ["--training.learning_rate=3e-4"], ["--learning_rate", "3e-4"]],
+    ids=["dotted", "equals", "leaf"],
+)
+def test_three_spellings_of_an_override(override):
+    assert load_config(Config, ["--config", str(TINY), *override]).training.learning_rate == 3e-4
+
+
+def test_the_command_line_wins_over_later_files_over_earlier_files(tmp_path):
+    second = yaml_file(tmp_path, "training: {seed: 7, train_batch_size: 2}")
+    config = load_config(Config, ["--config", str(TINY), "--config", second, "--train_batch_size", "4"])
+    assert (config.training.seed, config.training.train_batch_size) == (7, 4)
+    assert config.training.learning_rate == 1e-3  # of the first file: sections merge
+
+
+def test_null_lists_and_booleans_on_the_command_line():
+    argv = ["--config", str(TINY), "--max_grad_norm", "null", "--use_ema=false", "--report_to", "[tensorboard]"]
+    training = load_config(Config, [*argv, "--objective.teacher=online"]).training
+    assert training.max_grad_norm is None
+    assert training.use_ema is False
+    assert training.report_to == ["tensorboard"]
+
+
+def test_all_problems_are_listed_at_once(capsys, tmp_path):
+    file = yaml_file(
+        tmp_path,
+        "training: {output_dir: o, max_train_steps: -3, train_batch_size: many, lerning_rate: 1, max_grad_norm: .inf}\n"
+        "modle: {size: tiny}\ndata: {image_size: 8}\n",
+    )
+    text = refusal(capsys, "--config", file, "--validation.num_sample", "3", "stray")
+    for expected in (
+        "training.max_train_steps = -3: input should be greater than 0",
+        "training.train_batch_size = 'many'",
+        "unknown key training.lerning_rate; did you mean training.learning_rate?",
+        "training.max_grad_norm = inf: input should be a finite number",
+        "unknown key modle",
+        "unknown key --validation.num_sample; did you mean validation.num_samples?",
+        "unexpected argument 'stray'",
+    ):
+        assert expected in text, expected
+    assert len(text.splitlines()) == 8  # the heading and one line each
+
+
+def test_a_missing_key_is_named(capsys):
+    assert "training is required" in refusal(capsys)
+    assert "training.max_train_steps is required" in refusal(capsys, "--output_dir", "o", "--train_batch_size", "1")
+
+
+def test_cross_field_checks_name_both_values(capsys):
+    text = refusal(capsys, "--config", str(TINY), "--lr_warmup_steps", "21")
+    assert "`lr_warmup_steps` (21) and `lr_decay_steps` (0) exceed `max_train_steps` (20)" in text
+
+
+def test_an_ambiguous_short_key_names_the_candidates(capsys):
+    text = refusal(capsys, "--seed", "1", config_class=TwoSections)
+    assert "--training.seed" in text
+    assert "--optics.seed" in text
+
+
+def test_an_override_without_value_is_refused(capsys):
+    assert "--seed lacks a value" in refusal(capsys, "--config", str(TINY), "--seed")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("training: [", "is not YAML"),
+        ("- 1\n- 2\n", "must hold sections"),
+        ("", "must hold sections"),
+        ("!!python/object/apply:os.system [true]", "is not YAML"),
+        ("x: '" + "a" * 1_000_001 + "'", "larger than"),
+        ("x: " + "[" * 10_000, "is not YAML"),
+    ],
+    ids=["torn", "list", "empty", "python", "huge", "deep"],
+)
+def test_a_file_that_is_no_configuration_is_refused(capsys, tmp_path, content, message):
+    assert message in refusal(capsys, "--config", yaml_file(tmp_path, content))
+
+
+def test_bytes_that_are_no_text_are_refused(capsys, tmp_path):
+    (tmp_path / "x.yaml").write_bytes(b"\xff\xfe\x00x")
+    assert "is not YAML" in refusal(capsys, "--config", str(tmp_path / "x.yaml"))
+
+
+def test_a_missing_file_is_named(capsys, tmp_path):
+    assert "none.yaml: No such file" in refusal(capsys, "--config", str(tmp_path / "none.yaml"))
+
+
+@pytest.mark.parametrize("place", ["seed", "report_to", "output_dir"])
+def test_an_alias_bomb_is_refused_quickly(capsys, tmp_path, place):
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]" for i in range(1, 9)]
+    lines += [f"training: {{{place}: *a8}}"]
+    began = time.monotonic()
+    refusal(capsys, "--config", yaml_file(tmp_path, "\n".join(lines)))
+    assert time.monotonic() - began < 5
+
+
+def test_nothing_comes_from_the_environment(monkeypatch):
+    for name in ("SEED", "TRAINING", "TRAINING__SEED", "training__seed"):
+        monkeypatch.setenv(name, '{"seed": 9}' if name == "TRAINING" else "9")
+    assert load_config(Config, ["--config", str(TINY)]).training.seed == 0
+
+
+def test_values_never_change():
+    config = load_config(Config, ["--config", str(TINY)])
+    with pytest.raises(ValueError, match="frozen"):
+        config.training.seed = 1
+
+
+@pytest.mark.parametrize("key", sorted(TrainingConfig.model_fields))
+def test_every_key_one_letter_off_is_refused_with_the_right_suggestion(capsys, key):
+    middle = len(key) // 2
+    for typo in (key[:middle] + key[middle + 1 :], key[:middle] + key[middle] + key[middle:]):
+        text = refusal(capsys, "--config", str(TINY), f"--training.{typo}", "1")
+        assert f"did you mean training.{key}?" in text, typo
+
+
+def test_every_key_has_a_help_text():
+    for name, field in TrainingConfig.model_fields.items():
+        assert field.description or name.startswith("adam_"), name
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_every_configuration_loads_with_its_script(path):
+    script = importlib.import_module(f"trainers.train_{path.parent.name}")
+    config = load_config(script.Config, ["--config", str(path)])
+    assert config.training.max_train_steps > 0
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_the_resolved_configuration_loads_again_to_the_same_values(path, tmp_path):
+    script = importlib.import_module(f"trainers.train_{path.parent.name}")
+    config = load_config(script.Config, ["--config", str(path), "--learning_rate", "1.5e-7"])
+    again = load_config(script.Config, ["--config", yaml_file(tmp_path, dump_config(config))])
+    assert again == config
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "accelerate_configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_launch_configuration_loads(path):
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    loaded = load_config_from_file(str(path))
+    assert loaded.num_processes >= 1
+    # ours is the one place for accumulation: the launcher's would win in silence
+    assert "gradient_accumulation_steps" not in path.read_text()
+
+
+def test_a_typo_is_answered_before_anything_heavy(tmp_path):
+    code = (
+        "import runpy, sys\n"
+        "try:\n    runpy.run_path('trainers/train_shortcut.py', run_name='__main__')\n"
+        "finally:\n    print(sorted({'torch._C', 'accelerate', 'diffusers', 'numpy', 'PIL'} & sys.modules.keys()))\n"
+    )
+    argv = ["--config", "configs/shortcut/tiny.yaml", "--output_dir", str(tmp_path / "run")]
+    began = time.monotonic()
+    result = subprocess.run(
+        [sys.executable, "-c", code, *argv, "--training.lerning_rate", "1"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert time.monotonic() - began < 6
+    assert result.returncode == 2
+    assert "--training.lerning_rate; did you mean training.learning_rate?" in result.stderr
+    assert "Traceback" not in result.stderr
+    assert result.stdout.strip() == "[]"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_help_lists_every_key_and_loads_nothing_heavy():
+    code = (
+        "import runpy, sys\n"
+        "sys.argv[1:] = ['--help']\n"
+        "try:\n    runpy.run_path('trainers/train_shortcut.py', run_name='__main__')\n"
+        "finally:\n    print('torch._C' in sys.modules)\n"
+    )
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.endswith("False\n")
+    for name in TrainingConfig.model_fields:
+        assert f"--training.{name}" in result.stdout
