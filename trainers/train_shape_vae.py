@@ -16,7 +16,6 @@ import lazy_loader
 from pydantic import Field
 
 import backlot
-from backlot import rendering
 from backlot.config import Section, load_config
 from data_prep import scenes
 from pipelines import shortcut_scene
@@ -140,10 +139,10 @@ def compare(decoded, true) -> dict:
 
 def draw(logits):
     """A picture of the surface of a grid (R, R, R); of nothing where it is empty."""
-    camera = rendering.Camera.look_at((1.1, -1.9, 1.3), (0, 0, 0), 38)
+    camera = backlot.rendering.Camera.look_at((1.1, -1.9, 1.3), (0, 0, 0), 38)
     meshes = [shortcut_scene.mesh_from_logits(logits.numpy())] if (logits > 0).any() else []
-    colors = [rendering.object_color(0)] * len(meshes)
-    return rendering.render(meshes, colors, camera, PICTURE_SIZE, supersample=2, floor=False).image()
+    colors = [backlot.rendering.object_color(0)] * len(meshes)
+    return backlot.rendering.render(meshes, colors, camera, PICTURE_SIZE, supersample=2, floor=False).image()
 
 
 def create_vae(config: Config):

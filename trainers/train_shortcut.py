@@ -18,7 +18,6 @@ from pydantic import Field, model_validator
 
 import backlot
 import objectives
-from backlot import latent_cache
 from backlot.config import Section, load_config
 from data_prep import images
 from objectives.settings import ObjectiveConfig
@@ -195,7 +194,7 @@ def open_split(config: Config, split: str):
     data, quarantine = config.data, config.training.output_dir / "quarantine.jsonl"
     try:
         if data.dataset_name == "latents":
-            fingerprint = latent_cache.vae_fingerprint(data.vae)
+            fingerprint = backlot.latent_cache.vae_fingerprint(data.vae)
             return images.LatentDataset(
                 data.path, split=split, horizontal_flip=data.horizontal_flip, vae_fingerprint=fingerprint
             )

@@ -19,7 +19,6 @@ from pydantic import Field, model_validator
 
 import backlot
 import objectives
-from backlot import rendering
 from backlot.config import Section, load_config
 from data_prep import scenes
 from evaluation import shortcut_scene as evaluation
@@ -175,7 +174,7 @@ def validate(model, run: common.TrainingRun, config: Config, pipeline, held_out)
 
     steps = config.validation.num_inference_steps
     shown = evaluation.show(pipeline, held_out, rows[:6], steps)
-    pictures = [[rendering.render_scene(scene, size=128) for scene in row] for row in shown]
+    pictures = [[backlot.rendering.render_scene(scene, size=128) for scene in row] for row in shown]
     names = ["true", *(f"{count} step" + "s" * (count > 1) for count in steps)]
     return scalars, {"scenes": backlot.image_grid(pictures, names, cell=128)}
 

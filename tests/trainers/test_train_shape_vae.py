@@ -139,7 +139,7 @@ def test_shapes_never_seen_are_reconstructed(tmp_path):
     assert {"validation/precision", "validation/recall", "validation/kl", "validation/loss_dice"} < rows[-1].keys()
     assert rows[-1]["validation/iou"] > 0.8
     assert (tmp_path / "run/samples/shapes-000100.png").exists()
-    dataset = train_shape_vae.data_prep.OccupancyDataset(root, "val")
+    dataset = train_shape_vae.scenes.OccupancyDataset(root, "val")
     true = torch.stack([dataset[i]["occupancy"] for i in (0, 2, 4, 6)])  # four of eight, spread out
     with torch.no_grad():
         vae = OccupancyVAE.from_pretrained(tmp_path / "run")

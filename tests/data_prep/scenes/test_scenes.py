@@ -579,7 +579,7 @@ def test_verify_counts_what_it_prints(tmp_path, capsys):
 
 
 def test_help_loads_nothing_heavy():
-    code = "import sys; from data_prep.scenes import create_parser; create_parser().format_help();"
+    code = "import sys; from data_prep.scenes.__main__ import create_parser; create_parser().format_help();"
     code += "print(sorted({'torch', 'numpy', 'diffusers', 'trimesh'} & set(sys.modules)))"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"

@@ -387,7 +387,13 @@ def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     main(command(whole, "--num_samples", 32))
     process = subprocess.Popen(
-        [sys.executable, "-m", "data_prep.shadows render", *command(killed, "--num_samples", 32, "--num_workers", 2)],
+        [
+            sys.executable,
+            "-m",
+            "data_prep.shadows",
+            "render",
+            *command(killed, "--num_samples", 32, "--num_workers", 2),
+        ],
         cwd=ROOT,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -699,7 +705,7 @@ def test_the_probe_renders():
 
 
 def test_help_and_import_load_nothing_heavy():
-    code = "import sys, data_prep.shadows render as r\ntry: r.main(['--help'])\nexcept SystemExit: pass\n"
+    code = "import sys, data_prep.shadows.render as r\ntry: r.main(['--help'])\nexcept SystemExit: pass\n"
     code += "print([name for name in ('mitsuba', 'torch', 'trimesh', 'drjit') if name in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert result.stdout.strip().endswith("[]")
