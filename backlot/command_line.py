@@ -19,10 +19,14 @@ EXIT_NONFINITE = 3
 EXIT_RESUME = 75
 """A checkpoint is written (EX_TEMPFAIL): start the same command again."""
 DTYPE_NAMES = ("float32", "bfloat16", "float16")
+left_with: int | None = None
+"""The code of the last `leave`: what is registered for the end of the process cannot see it otherwise."""
 
 
 def leave(code: int, message: str) -> SystemExit:
     """An exit with one line on stderr: `raise leave(EXIT_INPUT, "...")`."""
+    global left_with
+    left_with = code
     print(message, file=sys.stderr, flush=True)
     return SystemExit(code)
 

@@ -108,18 +108,13 @@ def reset_accelerate() -> None:
 
 def tensors_of(checkpoint: Path) -> dict:
     """Weights, EMA and optimiser state of a checkpoint."""
-    import torch
     from safetensors.torch import load_file
 
-    tensors = {
+    return {
         f"{file.stem}/{key}": value.clone()  # it is a view of the file
         for file in sorted(checkpoint.glob("*.safetensors"))
         for key, value in load_file(file).items()
     }
-    optimizer = torch.load(checkpoint / "optimizer.bin", weights_only=True)
-    for index, state in optimizer["state"].items():
-        tensors |= {f"optimizer/{index}/{key}": value for key, value in state.items()}
-    return tensors
 
 
 def differing(a: dict, b: dict) -> list[str]:
@@ -181,7 +176,7 @@ def train_on(run, loss=flow_loss) -> None:
 def save_and_close(run) -> None:
     """The end of a run that exports nothing."""
     run.save_checkpoint()
-    run._close()
+    run._close(0)
 
 
 # ---- the command, in a child ----

@@ -239,13 +239,16 @@ def main(argv: list[str] | None = None) -> None:
     run = common.TrainingRun(accelerator, config, model=unet, dataset=dataset)
     run.resume()
     pipeline = shadow_sdxl.ShadowSDXLPipeline(run.inference_model, vae, scheduler)
+    check = run.validation(
+        config.validation.validation_steps,
+        lambda model: validate(model, run, config, pipeline, held_out),
+        score=lambda scalars: scalars[f"iou/{config.validation.num_inference_steps[0]}"],
+    )
     for batch in run.batches():
         with run.accumulate():
             loss, metrics = compute_loss(run, batch, config, pipeline)
             run.update(loss, metrics)
-        if run.is_due(config.validation.validation_steps):
-            scalars = run.validate(lambda model: validate(model, run, config, pipeline, held_out))
-            run.keep_best(scalars.get(f"iou/{config.validation.num_inference_steps[0]}"))
+        check()
     run.finish(pipeline)
 
 

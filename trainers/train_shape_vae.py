@@ -182,13 +182,15 @@ def main(argv: list[str] | None = None) -> None:
     dataset, held_out = open_data(config, vae.config.sample_size, accelerator.is_main_process)
     run = common.TrainingRun(accelerator, config, model=vae, dataset=dataset)
     run.resume()
+    check = run.validation(
+        config.validation.validation_steps,
+        lambda model: validate(model, run, config, held_out),
+        score=lambda scalars: scalars["iou"],
+    )
     for batch in run.batches():
         with run.accumulate():
-            loss, metrics = compute_loss(run, batch, config)
-            run.update(loss, metrics)
-        if run.is_due(config.validation.validation_steps):
-            scalars = run.validate(lambda model: validate(model, run, config, held_out))
-            run.keep_best(scalars.get("iou"))
+            run.update(*compute_loss(run, batch, config))
+        check()
     run.finish(run.inference_model)
 
 

@@ -237,14 +237,17 @@ def main(argv: list[str] | None = None) -> None:
     if objective.name == "shortcut":
         logger.info(objectives.shortcut.describe(config.training.train_batch_size, run.micro_batch[1], objective))
     pipeline = create_pipeline(run.inference_model, config)
+    check = run.validation(
+        config.validation.validation_steps,
+        lambda model: validate(model, run, config, pipeline, held_out, teacher),
+    )
     for batch in run.batches():
         if progressive and objectives.distillation.starts_phase(run.step, steps, objective):
             teacher.load_state_dict(run.ema.model.state_dict())
         with run.accumulate():
             loss, metrics = compute_loss(run, batch, config, teacher)
             run.update(loss, metrics)
-        if run.is_due(config.validation.validation_steps):
-            run.validate(lambda model: validate(model, run, config, pipeline, held_out, teacher))
+        check()
     run.finish(pipeline)
 
 

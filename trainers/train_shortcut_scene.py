@@ -240,12 +240,15 @@ def main(argv: list[str] | None = None) -> None:
     run = common.TrainingRun(accelerator, config, model=transformer, dataset=dataset)
     run.resume()
     pipeline = shortcut_scene.create_pipeline(run.inference_model, codec, components)
+    check = run.validation(
+        config.validation.validation_steps,
+        lambda model: validate(model, run, config, pipeline, held_out),
+        score=lambda scalars: -scalars["loss"],
+    )
     for batch in run.batches():
         with run.accumulate():
             run.update(*compute_loss(run, batch, config))
-        if run.is_due(config.validation.validation_steps):
-            scalars = run.validate(lambda model: validate(model, run, config, pipeline, held_out))
-            run.keep_best(-scalars["loss"] if scalars else None)
+        check()
     run.finish(pipeline)
 
 

@@ -9,7 +9,9 @@ from backlot.command_line import EXIT_INPUT, leave
 from trainers.common.config import TrainingConfig
 
 
-def configure_network(model: ModelMixin, config: TrainingConfig, dtype: torch.dtype) -> ModelMixin:
+def configure_network(
+    model: ModelMixin, config: TrainingConfig, dtype: torch.dtype, device: torch.device
+) -> ModelMixin:
     """Attention backend (tried out in `dtype`) and gradient checkpointing."""
     if config.gradient_checkpointing:
         model.enable_gradient_checkpointing()
@@ -19,7 +21,7 @@ def configure_network(model: ModelMixin, config: TrainingConfig, dtype: torch.dt
             processors = (getattr(module, "processor", None) for module in model.modules())
             if not any(getattr(processor, "_attention_backend", None) for processor in processors):
                 raise ValueError("no attention of this network can be switched")
-            try_attention(config.attention_backend, next(model.parameters()).device, dtype)
+            try_attention(config.attention_backend, device, dtype)
         except (ValueError, RuntimeError, ImportError, NotImplementedError) as error:
             reason = str(error).partition("\n")[0] or type(error).__name__
             raise leave(EXIT_INPUT, f"attention_backend {config.attention_backend} does not work: {reason}") from error

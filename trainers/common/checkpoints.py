@@ -21,9 +21,12 @@ from collections.abc import Container
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from backlot.command_line import EXIT_DONE, EXIT_INPUT
 from backlot.files import file_sha256, fsync
 
 MANIFEST = "manifest.json"
+FORMAT = 2
+MAX_MANIFEST_BYTES = 64 * 2**20
 _NAME = re.compile(r"checkpoint-(\d+)")
 logger = logging.getLogger(__name__)
 
@@ -31,7 +34,7 @@ logger = logging.getLogger(__name__)
 def begin(run_dir: Path, step: int) -> Path:
     """An empty temporary folder beside the checkpoint's final place (same file system, so that a rename suffices)."""
     temporary = run_dir / f"checkpoint-{step}.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
+    discard(temporary)
     temporary.mkdir()
     return temporary
 
@@ -46,12 +49,12 @@ def commit(temporary: Path) -> Path:
         name: {"bytes": (temporary / name).stat().st_size, "sha256": digest}
         for name, digest in zip(names, digests, strict=True)
     }
-    (temporary / MANIFEST).write_bytes(_seal({"format": 1, "step": step_of(final), "files": files}))
+    (temporary / MANIFEST).write_bytes(_seal({"format": FORMAT, "step": step_of(final), "files": files}))
     for name in [*names, MANIFEST]:
         fsync(temporary / name)
     for folder in {(temporary / name).parent for name in [*names, MANIFEST]}:
         fsync(folder)
-    if final.exists():  # a damaged one that the run fell back from
+    if os.path.lexists(final):  # a damaged one that the run fell back from, or something else of that name
         _remove(final)
     temporary.rename(final)
     fsync(final.parent)
@@ -59,29 +62,41 @@ def commit(temporary: Path) -> Path:
 
 
 def verify(checkpoint: Path) -> list[str]:
-    """What is wrong with a checkpoint, one line per file; empty if it is complete and undamaged."""
+    """What is wrong with a checkpoint, one line per file; empty if it is complete and undamaged. Never raises."""
     try:
+        if (checkpoint / MANIFEST).stat().st_size > MAX_MANIFEST_BYTES:
+            return [f"{MANIFEST}: damaged"]
         sealed = (checkpoint / MANIFEST).read_bytes()
         manifest = json.loads(sealed)
         manifest.pop("sha256")
         # Byte for byte, so that not one bit of the manifest can change unnoticed.
         if _seal(manifest) != sealed or manifest["step"] != step_of(checkpoint):
             return [f"{MANIFEST}: damaged"]
-        files = manifest["files"]
+        if manifest["format"] != FORMAT:
+            return [f"{MANIFEST}: format {manifest['format']}, this code reads {FORMAT}"]
+        files = {name: (int(about["bytes"]), str(about["sha256"])) for name, about in manifest["files"].items()}
+        present = _files(checkpoint)
     except FileNotFoundError:
         return [f"{MANIFEST}: missing"]
+    except OSError as error:
+        return [f"{MANIFEST}: unreadable ({error.strerror or error})"]
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return [f"{MANIFEST}: damaged"]
     # Compared with what lies in the folder: a manifest cannot point outside it.
-    present = _files(checkpoint)
     problems = [f"{name}: missing" for name in sorted(files.keys() - set(present))]
     problems += [f"{name}: not in the manifest" for name in present if name not in files]
 
     def check(name: str) -> str | None:
-        size = (checkpoint / name).stat().st_size
-        if size != files[name]["bytes"]:
-            return f"{name}: {size} bytes instead of {files[name]['bytes']}"
-        return None if file_sha256(checkpoint / name) == files[name]["sha256"] else f"{name}: content changed"
+        (wanted, digest), path = files[name], checkpoint / name
+        try:
+            if path.is_symlink() or not path.is_file():
+                return f"{name}: not a regular file"
+            size = path.stat().st_size
+            if size != wanted:
+                return f"{name}: {size} bytes instead of {wanted}"
+            return None if file_sha256(path) == digest else f"{name}: content changed"
+        except OSError as error:
+            return f"{name}: unreadable ({error.strerror or error})"
 
     with ThreadPoolExecutor() as pool:
         found = pool.map(check, [name for name in present if name in files])
@@ -124,7 +139,15 @@ def clean_up(run_dir: Path) -> None:
     """Remove what a killed process left behind half-written or half-deleted."""
     for pattern in ("checkpoint-*.tmp", "checkpoint-*.deleted"):
         for leftover in run_dir.glob(pattern):
-            shutil.rmtree(leftover, ignore_errors=True)
+            discard(leftover)
+
+
+def discard(path: Path) -> None:
+    """Remove a folder, a file or a link, whatever stands there; nothing is fine, too."""
+    if path.is_symlink() or path.is_file():
+        path.unlink(missing_ok=True)
+    else:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def step_of(checkpoint: Path) -> int:
@@ -133,6 +156,15 @@ def step_of(checkpoint: Path) -> int:
     if match is None:
         raise ValueError(f"{checkpoint} is not named checkpoint-<step>")
     return int(match[1])
+
+
+def size_of(checkpoint: Path) -> int:
+    """Bytes of its files; those that cannot be read count nothing."""
+    total = 0
+    for name in _files(checkpoint):
+        path = checkpoint / name
+        total += path.lstat().st_size if os.path.lexists(path) else 0
+    return total
 
 
 def _seal(manifest: dict) -> bytes:
@@ -153,9 +185,9 @@ def _remove(checkpoint: Path) -> None:
     """Rename first, so that a half-deleted folder never looks like a checkpoint."""
     doomed = checkpoint.with_name(checkpoint.name + ".deleted")
     try:
-        shutil.rmtree(doomed, ignore_errors=True)
+        discard(doomed)
         checkpoint.rename(doomed)
-        shutil.rmtree(doomed)
+        discard(doomed)
     except OSError as error:
         logger.warning("could not delete %s: %s", checkpoint, error)
 
@@ -164,11 +196,11 @@ def main(argv: list[str] | None = None) -> int:
     arguments = sys.argv[1:] if argv is None else argv
     if len(arguments) != 2 or arguments[0] not in ("verify", "list"):
         print(__doc__)
-        return 2
+        return EXIT_DONE if arguments in (["-h"], ["--help"]) else EXIT_INPUT
     command, folder = arguments[0], Path(arguments[1])
     if not folder.is_dir():
         print(f"{folder}: no such folder")
-        return 2
+        return EXIT_INPUT
     checkpoints = [folder] if command == "verify" else list_checkpoints(folder)
     if not checkpoints:
         print(f"{folder} holds no checkpoint")
@@ -176,11 +208,10 @@ def main(argv: list[str] | None = None) -> int:
     for checkpoint in checkpoints:
         problems = verify(checkpoint)
         damaged += bool(problems)
-        size = sum((checkpoint / name).stat().st_size for name in _files(checkpoint)) / 2**20
-        print(f"{checkpoint}: {'damaged' if problems else 'complete'}, {size:.1f} MiB")
+        print(f"{checkpoint}: {'damaged' if problems else 'complete'}, {size_of(checkpoint) / 2**20:.1f} MiB")
         for problem in problems:
             print(f"  {problem}")
-    return 1 if damaged else 0
+    return EXIT_INPUT if damaged else EXIT_DONE
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -66,8 +66,8 @@ class TrainingConfig(Section):
     ema_ramp: bool = False
     """Start with decay (1 + n) / (10 + n) until it exceeds `ema_decay`."""
 
-    mixed_precision: Literal["no", "bf16"] | None = None
-    """null: as the launch configuration says."""
+    mixed_precision: Literal["no", "bf16", "fp16"] | None = None
+    """null: as the launch configuration says. Weights stay float32; fp16 scales the loss by itself."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more work."""
     attention_backend: str = "native"
@@ -83,8 +83,12 @@ class TrainingConfig(Section):
     """Keep this many valid checkpoints; null keeps all."""
     keep_every_n_steps: int | None = Field(None, gt=0)
     """Checkpoints at multiples of this are milestones and never deleted."""
+    async_checkpoints: bool | None = None
+    """Hash and flush checkpoints in a thread while training goes on; null: where the state is larger than 64 MiB."""
     resume_from_checkpoint: str | None = None
     """`latest` continues the run in `output_dir`; `auto` does so if there is one; or a checkpoint's path."""
+    resume_with_changes: list[str] = []
+    """Keys, or sections, that may differ from the run that is resumed though they make it another experiment."""
 
     logging_steps: int = Field(50, gt=0)
     """A row of metrics (means since the last one) every so many updates."""
@@ -101,7 +105,73 @@ class TrainingConfig(Section):
         return self
 
 
+# What may change when a run is resumed: the rest decides what is trained, on what, from which noise.
+MAY_CHANGE = frozenset(
+    f"training.{key}"
+    for key in [
+        "output_dir",
+        "max_train_steps",
+        "train_batch_size",
+        "gradient_accumulation_steps",
+        "dataloader_num_workers",
+        "learning_rate",
+        "learning_rate_factors",
+        "lr_scheduler",
+        "lr_warmup_steps",
+        "lr_decay_steps",
+        "adam_beta1",
+        "adam_beta2",
+        "adam_epsilon",
+        "adam_weight_decay",
+        "decay_all_parameters",
+        "max_grad_norm",
+        "on_nonfinite",
+        "max_nonfinite_skips",
+        "ema_decay",
+        "ema_ramp",
+        "mixed_precision",
+        "gradient_checkpointing",
+        "attention_backend",
+        "torch_compile",
+        "expected_processes",
+        "checkpointing_steps",
+        "checkpoints_total_limit",
+        "keep_every_n_steps",
+        "async_checkpoints",
+        "resume_from_checkpoint",
+        "resume_with_changes",
+        "logging_steps",
+        "report_to",
+    ]
+)
+
+
 class RunConfig(Settings):
     """The root of a script's configuration; a script adds its own sections."""
 
+    may_change: ClassVar[frozenset[str]] = frozenset({"validation"})
+    """Keys or sections of the script that a resumed run may change: where data lie, how it is validated."""
     training: TrainingConfig
+
+    def differences(self, other: dict) -> list[str]:
+        """Keys in which this is another experiment than `other` (what `model_dump(mode="json")` gave then)."""
+        allowed = MAY_CHANGE | self.may_change | set(self.training.resume_with_changes)
+        mine, theirs = _leaves(self.model_dump(mode="json")), _leaves(other)
+        return [
+            f"{key}: {theirs.get(key)!r} then, {mine.get(key)!r} now"
+            for key in sorted(mine.keys() | theirs.keys())
+            # a key that did not exist then had no effect
+            if key in theirs and mine.get(key) != theirs[key] and not _is_within(key, allowed)
+        ]
+
+
+def _leaves(values: dict, prefix: str = "") -> dict:
+    leaves = {}
+    for key, value in values.items():
+        leaves |= _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return leaves
+
+
+def _is_within(key: str, allowed: frozenset[str] | set[str]) -> bool:
+    parts = key.split(".")
+    return any(".".join(parts[: i + 1]) in allowed for i in range(len(parts)))

@@ -10,7 +10,6 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from trainers.common.signals import StopSignal
 from trainers.common.tracking import resident_memory_gib
 
 
@@ -39,15 +38,11 @@ class Meter:
         self._complete = dict(self.sums), self.micro_batches
 
     @contextmanager
-    def data_wait(self, stop: StopSignal | None) -> Iterator[None]:
-        """Count the time inside as waiting for data; a given stop signal may interrupt it."""
+    def data_wait(self) -> Iterator[None]:
+        """Count the time inside as waiting for data."""
         began = time.perf_counter()
         try:
-            if stop is None:
-                yield
-            else:
-                with stop.interruptible():
-                    yield
+            yield
         finally:
             self._waited += time.perf_counter() - began
 
@@ -71,13 +66,13 @@ class Meter:
         self.restart_clock()
         return row
 
-    def _totals(self, sums: dict[str, Tensor]) -> dict[str, float | list[float]]:
+    def _totals(self, sums: dict[str, Tensor], alone: bool = False) -> dict[str, float | list[float]]:
         """Means over the processes, by one reduction and one host transfer."""
         names = sorted(sums)
         if not names:
             return {}
         flat = torch.cat([sums[name].double().reshape(-1) for name in names])
-        numbers = iter(self.accelerator.reduce(flat, "mean").tolist())
+        numbers = iter((flat if alone else self.accelerator.reduce(flat, "mean")).tolist())
         return {name: [next(numbers) for _ in sums[name]] if sums[name].ndim else next(numbers) for name in names}
 
     def _means(self) -> dict[str, float]:
@@ -89,13 +84,13 @@ class Meter:
                 row[name] = total[0] / total[1]
         return row
 
-    def state(self) -> dict:
-        """The unfinished interval, so that a resumed run logs the same rows; called by all processes.
+    def state(self, alone: bool = False) -> dict:
+        """The unfinished interval, so that a resumed run logs the same rows; called by all processes, or `alone`.
 
         Without the micro-batches of an update that a stop cut short: they are drawn again.
         """
         sums, micro_batches = self._complete
-        return {"micro_batches": micro_batches, "updates": self.updates, "sums": self._totals(sums)}
+        return {"micro_batches": micro_batches, "updates": self.updates, "sums": self._totals(sums, alone)}
 
     def load(self, state: dict) -> None:
         """Take up an interval from `state`."""

@@ -42,6 +42,10 @@ def create_optimizer(model: nn.Module, config: TrainingConfig) -> Optimizer:
     return torch.optim.AdamW(groups, fused=True, **arguments)
 
 
+def check_optimizer(config):
+    pass
+
+
 def create_lr_scheduler(optimizer: Optimizer, config: TrainingConfig) -> LambdaLR:
     """The schedule, counted in updates: stepped once per update whatever the number of processes."""
     if config.lr_scheduler == "inverse_sqrt":

@@ -2,83 +2,56 @@
 
 run = TrainingRun(accelerator, config, model=..., dataset=...)
 run.resume()
+check = run.validation(every, function)
 for batch in run.batches():
     with run.accumulate():
         loss, metrics = ...
         run.update(loss, metrics)
+    check()
 run.finish(pipeline)
 """
 
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 
 import torch
-from accelerate import Accelerator, DistributedType
-from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list, send_to_device
+from accelerate import Accelerator
+from accelerate.utils import send_to_device
 from diffusers import DiffusionPipeline, ModelMixin
 from PIL import Image
-from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset
 from tqdm import tqdm
 
-from backlot.command_line import EXIT_INPUT, EXIT_RESUME, leave
-from backlot.files import read_json, write_json
-from backlot.samples import DataOrder, derive_seed
+from backlot.command_line import EXIT_DONE, EXIT_INPUT, EXIT_NONFINITE, EXIT_RESUME, leave
+from backlot.files import write_json
+from backlot.samples import DataOrder, Order, derive_seed
 from trainers.common import checkpoints
 from trainers.common.attention import configure_network
-from trainers.common.checkpoints import step_of
 from trainers.common.config import RunConfig
-from trainers.common.ema import EMA
+from trainers.common.ema import EMA, SwappedEMA
+from trainers.common.guard import Guard
+from trainers.common.launch import Launch, create_accelerator
 from trainers.common.loader import StreamSampler, abandon_workers, create_loader
 from trainers.common.meter import Meter
 from trainers.common.optimization import create_lr_scheduler, create_optimizer, set_schedule_step
-from trainers.common.run_dir import claim, export_pipeline, refuse_to_overwrite, write_description
-from trainers.common.signals import StopRequested, StopSignal
-from trainers.common.tracking import TRACKERS, Tracking
+from trainers.common.rescue import Rescue
+from trainers.common.resume import Resumption, best_of, choose_checkpoint, describe_state
+from trainers.common.run_dir import export_pipeline
+from trainers.common.saving import Saver, Snapshot
+from trainers.common.sharding import local, skeleton, state_tensors, whole
+from trainers.common.signals import GRACE, StopRequested
+from trainers.common.state import all_finite, checksum, frozen_tensors, optimizer_state, snapshot
+from trainers.common.tracking import TRACKERS, Tracking, read_rows
+from trainers.common.validation import Measured, Validation
 
-EXIT_NONFINITE = 3
-SUPPORTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+__all__ = ["TrainingRun", "create_accelerator"]
 logger = logging.getLogger(__name__)
-
-
-def create_accelerator(config: RunConfig) -> Accelerator:
-    """The accelerator of the launch configuration; what Accelerate would get wrong in silence stops here."""
-    logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.INFO)
-    logging.getLogger("accelerate").setLevel(logging.WARNING)
-    training = config.training
-    refuse_to_overwrite(training.output_dir, training.resume_from_checkpoint)
-    accelerator = Accelerator(
-        gradient_accumulation_steps=training.gradient_accumulation_steps,
-        mixed_precision=training.mixed_precision,
-        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
-    )
-    launched = int(os.environ.get("WORLD_SIZE", 1))
-    expected = training.expected_processes or launched
-    if accelerator.num_processes != expected:
-        raise leave(
-            EXIT_INPUT,
-            f"expected {expected} processes, Accelerate runs {accelerator.num_processes} "
-            "(on CPUs, several need ACCELERATE_USE_CPU=true and accelerate_configs/cpu_2proc.yaml)",
-        )
-    if accelerator.distributed_type not in SUPPORTED:
-        raise leave(EXIT_INPUT, f"{accelerator.distributed_type} is not supported: use one process or DDP")
-    if accelerator.mixed_precision not in ("no", "bf16"):
-        raise leave(EXIT_INPUT, f"mixed precision {accelerator.mixed_precision} is not supported: use bf16 or no")
-    if accelerator.gradient_accumulation_steps != training.gradient_accumulation_steps:
-        raise leave(
-            EXIT_INPUT,
-            f"the launch configuration sets gradient_accumulation_steps {accelerator.gradient_accumulation_steps}, "
-            f"the run {training.gradient_accumulation_steps}: leave it out of the launch configuration",
-        )
-    # So early that a signal during start-up is answered at the first update.
-    accelerator.stop_signal = StopSignal(accelerator.num_processes)
-    return accelerator
 
 
 class TrainingRun:
@@ -87,8 +60,11 @@ class TrainingRun:
     Args:
         accelerator: from `create_accelerator`.
         config: the script's configuration.
-        model: the network to train; its parameters that require a gradient are optimised.
-        dataset: map-style; indexed with `SampleKey`s.
+        model: the network that computes the loss.
+        dataset: map-style; indexed with `SampleKey`s. If it has a `fingerprint`, other data cannot continue the run.
+        trained: the part of `model` that learns; all of it by default. Only it is optimised (what of it requires a
+            gradient), averaged, saved and exported; the rest stays as it is and is told apart by its checksum.
+        order: which sample comes when; all samples in a new order each epoch by default.
         modules: further networks whose weights are part of the run's state (a teacher that changes, say).
 
     Attributes:
@@ -105,55 +81,88 @@ class TrainingRun:
         *,
         model: ModelMixin,
         dataset: Dataset,
+        trained: nn.Module | None = None,
+        order: Order | None = None,
         modules: dict[str, nn.Module] | None = None,
     ):
+        launch: Launch = accelerator.launch
         self.accelerator, self.config, self.training = accelerator, config, config.training
+        self.folder, self.processes, self.stop, self.precision = (
+            launch.folder,
+            launch.processes,
+            launch.stop,
+            launch.precision,
+        )
         self.run_dir: Path = config.training.output_dir
-        self.stop: StopSignal = accelerator.stop_signal
-        self.dataset = dataset
-        self.order = DataOrder(len(dataset), self.training.seed)
+        self.dataset, self.order = dataset, order or DataOrder(len(dataset), self.training.seed)
         self.step = self.consumed_samples = 0
         self.resumed_plan: int | None = None
-        self._lock = claim(self.run_dir) if accelerator.is_main_process else None
+        self.is_sharded = launch.sharding is not None
+        self.rescue = Rescue(self)
+        self._saver = Saver(self.run_dir, self.processes, self.is_sharded, self.training)
         self._micro_step, self._nonfinite = 0, 0
-        self._saved: set[Path] = set()
+        self._weight: Tensor | None = None
+        self._loss_is_bad: Tensor | float = 0.0
+        self._rows: list[dict] = []
+        self.is_measuring = False
         self._resumed_from: Path | None = None
         self._best: dict[str, float] = {}
+        self._validations: list[Validation] = []
         self._tracking: Tracking | None = None
         self._progress: tqdm | None = None
+        try:
+            self._prepare(launch, model, trained, modules or {})
+        except ValueError as error:
+            raise self.refuse(str(error)) from error
+        self._guard = Guard(accelerator.device, stop=self.training.on_nonfinite == "stop")
+        self._meter = Meter(accelerator)
 
-        dtype = torch.bfloat16 if accelerator.mixed_precision == "bf16" else torch.float32
-        self.network = configure_network(model.to(accelerator.device), self.training, dtype)
-        self.ema = None
-        self._state_modules = {name: module.to(accelerator.device) for name, module in (modules or {}).items()}
-        if self.training.use_ema:
-            self.ema = EMA(self.network, self.training.ema_decay, self.training.ema_ramp, accelerator.autocast)
-            self._state_modules["ema"] = self.ema.model
-        if self.training.torch_compile:
-            for module in (self.network, *self._state_modules.values()):
-                module.compile()
-        optimizer = create_optimizer(self.network, self.training)
-        self.model, self.optimizer = accelerator.prepare(self.network, optimizer)
+    # ---- start ----
+
+    def _prepare(self, launch: Launch, model: ModelMixin, trained: nn.Module | None, modules: dict) -> None:
+        """Network, average and further modules on the device, whole or sharded; then the optimiser."""
+        training, precision, device = self.training, self.precision, self.accelerator.device
+        if not launch.sharding:
+            model = model.to(device)  # a sharded one goes there block by block
+        self.network = configure_network(model, training, precision.dtype, device)
+        self.trained = self.network if trained is None else trained
+        self._frozen = None if trained is None else checksum(frozen_tensors(self.network, self.trained))
+        self._skeleton = skeleton(self.trained) if launch.sharding else None
+        self._modules = {name: module if launch.sharding else module.to(device) for name, module in modules.items()}
+        settings = (training.ema_decay, training.ema_ramp, precision.autocast)
+        # the average of a part shares the rest with the live network, and two sharded networks cannot share
+        swapped = launch.sharding is not None and trained is not None
+        self.ema = EMA(self.network, *settings, self.trained) if training.use_ema and not swapped else None
+        precision.prepare(self.network)
+        if launch.sharding:
+            copies = [] if self.ema is None else [self.ema.model]
+            for network in (self.network, *copies, *self._modules.values()):
+                launch.sharding.apply(network, precision)
+            if training.use_ema and swapped:
+                self.ema = SwappedEMA(self.network, *settings, self.trained)
+            self.model = self.network
+        else:
+            self.model = self.accelerator.prepare_model(self.network)
+        if training.torch_compile:
+            for network in (self.network, *([self.ema.model] if self.ema else []), *self._modules.values()):
+                network.compile()
+        self.optimizer = create_optimizer(self.trained, training)
         self.model.train()
         # Never prepared: Accelerate would step it once per process.
-        self.lr_scheduler = create_lr_scheduler(optimizer, self.training)
-        self._parameters = [p for p in self.network.parameters() if p.requires_grad]
-        self._gated = isinstance(optimizer, torch.optim.AdamW)
-        self._bad = torch.zeros((), device=accelerator.device)
-        self._first_bad = torch.full((), -1, device=accelerator.device)
-        self._meter = Meter(accelerator)
+        self.lr_scheduler = create_lr_scheduler(self.optimizer, training)
+        self._parameters = [p for p in self.trained.parameters() if p.requires_grad]
+        self._gated = isinstance(self.optimizer, torch.optim.AdamW)
 
     @property
     def samples_per_update(self) -> int:
         training = self.training
-        return training.train_batch_size * training.gradient_accumulation_steps * self.accelerator.num_processes
+        return training.train_batch_size * training.gradient_accumulation_steps * self.processes.count
 
     @property
     def micro_batch(self) -> tuple[int, int]:
         """Which of the update's micro-batches this process is at, and how many all processes together have."""
-        processes = self.accelerator.num_processes
-        part = self._micro_step * processes + self.accelerator.process_index
-        return part, self.training.gradient_accumulation_steps * processes
+        part = self._micro_step * self.processes.count + self.processes.rank
+        return part, self.training.gradient_accumulation_steps * self.processes.count
 
     def shared_generator(self) -> torch.Generator:
         """A fresh CPU generator for this micro-batch, the same on every process: for coins that all must share."""
@@ -164,124 +173,153 @@ class TrainingRun:
         """What validation and the exported pipeline use: the EMA, or the live weights without one."""
         return self.network if self.ema is None else self.ema.model
 
-    # ---- start ----
+    def applied_average(self) -> AbstractContextManager:
+        """Inside, `inference_model` has the averaged weights."""
+        return nullcontext() if self.ema is None else self.ema.applied()
 
     def resume(self) -> None:
         """Restore what `resume_from_checkpoint` names, and open the logs. Call it once, before `batches`."""
         wanted = self.training.resume_from_checkpoint
-        if self.accelerator.is_main_process:
+        if self.processes.is_main:
             checkpoints.clean_up(self.run_dir)
-        self.accelerator.wait_for_everyone()
-        checkpoint = self._choose_checkpoint(wanted) if wanted else None
-        if checkpoint is not None:
-            self._load(checkpoint)
-            best = self.run_dir / "best.json"
-            self._best = read_json(best) if best.exists() else {}
-            logger.info("resumed from %s", checkpoint)
-        if self.accelerator.is_main_process:
-            write_description(self.run_dir, self.config, self.accelerator.num_processes, str(self.accelerator.device))
-            self._tracking = Tracking(self.run_dir, self.step, [TRACKERS[name] for name in self.training.report_to])
+        self.processes.wait()
+        rows: list[dict] = []
+        if wanted:
+            is_main = self.processes.is_main
+            checkpoint, problem = self.processes.share(choose_checkpoint(self.run_dir, wanted) if is_main else None)
+            if problem:
+                raise self.refuse(problem)
+            if checkpoint is not None:
+                self._load(checkpoint)
+                rows = self.processes.share(read_rows(self.run_dir) if is_main else None)
+        if self._resumed_from is not None:
+            self._best = best_of(rows, self.step) or self._best
+            self._rows = rows
+        if self.processes.is_main:
+            self.folder.describe(self.config, self.processes.count, str(self.accelerator.device))
+            self._write_best()
+            trackers = [TRACKERS[name] for name in self.training.report_to]
+            self._tracking = Tracking(self.run_dir, self.step, trackers, self.config.model_dump(mode="json"))
             self._progress = tqdm(total=self.training.max_train_steps, initial=self.step, unit="update", smoothing=0.05)
-        self._meter.restart_clock()
-
-    def _choose_checkpoint(self, wanted: str) -> Path | None:
-        if wanted in ("latest", "auto"):
-            found = checkpoints.find_latest(self.run_dir)
-            # `auto` starts afresh only where there is nothing at all: a folder of damaged checkpoints is an error.
-            if found is None and (wanted == "latest" or checkpoints.list_checkpoints(self.run_dir)):
-                raise leave(EXIT_INPUT, f"no intact checkpoint in {self.run_dir}")
-            return found
-        checkpoint = Path(wanted)
-        problems = checkpoints.verify(checkpoint) if checkpoint.is_dir() else ["no such folder"]
-        if problems:
-            raise leave(EXIT_INPUT, f"cannot resume from {checkpoint}: {'; '.join(problems)}")
-        if checkpoint.resolve().parent == self.run_dir.resolve():
-            newest = checkpoints.find_latest(self.run_dir)
-            if newest is not None and step_of(newest) > step_of(checkpoint):
-                raise leave(
-                    EXIT_INPUT, f"{newest} is newer than {checkpoint}: continue an older one in another --output_dir"
-                )
-        return checkpoint
+        self.restart_clock()
 
     def _load(self, checkpoint: Path) -> None:
-        state = read_json(checkpoint / "run_state.json")
-        for key, now in (("num_samples", self.order.num_samples), ("seed", self.order.seed)):
-            if state[key] != now:
-                raise leave(
-                    EXIT_INPUT, f"{checkpoint} was trained with {key} {state[key]}, now it is {now}: start a new run"
-                )
-        settings = [{k: v for k, v in group.items() if k != "params"} for group in self.optimizer.param_groups]
-        self.accelerator.load_state(str(checkpoint))
-        self.accelerator.step = 0  # micro-steps: a checkpoint always lies between two updates
-        for group, configured in zip(self.optimizer.param_groups, settings, strict=True):
-            group.update(configured)  # the configuration rules, not the values of the interrupted run
-        for name, module in self._state_modules.items():
-            load_model(module, checkpoint / f"{name}.safetensors")
+        resumption = Resumption(checkpoint)
+        try:
+            state = resumption.check(self.config, self._identity())
+            resumption.load("model", dict(state_tensors(self.trained)))
+            if self.ema is not None:
+                resumption.load("ema", self.ema.tensors())
+            for name, module in self._modules.items():
+                resumption.load(name, dict(state_tensors(module)))
+            resumption.load_optimizer(self.optimizer, self._names())
+        except (ValueError, OSError, KeyError) as error:
+            raise self.refuse(f"cannot resume from {checkpoint}: {error}") from error
+        if self.precision.scale is not None and state["loss_scale"]:
+            self.precision.scale.load(state["loss_scale"])
         self.step, self.consumed_samples = state["step"], state["consumed_samples"]
         set_schedule_step(self.lr_scheduler, self.step)
         self.resumed_plan = state["max_train_steps"]
         self._meter.load(state["meter"])
         if checkpoint.resolve().parent == self.run_dir.resolve():  # however its path was written
             self._resumed_from = self.run_dir / checkpoint.name
-            self._saved.add(self._resumed_from)
+            self._saver.saved.add(self._resumed_from)
+            self._best = state["best"]
+        logger.info("resumed from %s", checkpoint)
+
+    def _identity(self) -> dict:
+        """What must be the same in every run that continues this one."""
+        return {
+            "seed": self.order.seed,
+            "num_samples": self.order.num_samples,
+            "data": getattr(self.dataset, "fingerprint", None),
+            "frozen": self._frozen,
+        }
+
+    def _names(self) -> dict[int, str]:
+        return {id(parameter): name for name, parameter in self.trained.named_parameters()}
 
     # ---- the loop ----
 
     def batches(self) -> Iterator[dict[str, Tensor]]:
         """Micro-batches on the device until `max_train_steps`. A requested stop saves and ends the process here."""
-        training, accelerator = self.training, self.accelerator
-        rank, processes = accelerator.process_index, accelerator.num_processes
-        sampler = StreamSampler(self.order, training.train_batch_size, self.consumed_samples, rank, processes)
-        loader = create_loader(
-            self.dataset, sampler, training.dataloader_num_workers, accelerator.device.type == "cuda"
-        )
+        training, device = self.training, self.accelerator.device
+        rank, count = self.processes.rank, self.processes.count
+        for validation in self._validations:
+            validation.make_up(self._rows)
+        sampler = StreamSampler(self.order, training.train_batch_size, self.consumed_samples, rank, count)
+        loader = create_loader(self.dataset, sampler, training.dataloader_num_workers, device.type == "cuda")
         try:
             if self.step < training.max_train_steps:
                 with self._data_wait():
                     stream = iter(loader)
             while self.step < training.max_train_steps:
                 if self._micro_step == 0 and self.stop.agreed():
-                    raise StopRequested
+                    self.end_early()
                 with self._data_wait():
                     batch = next(stream)
                 # Randomness is a function of the position, so that nothing of it has to be saved.
                 torch.manual_seed(derive_seed(training.seed, self.step, self._micro_step, rank))
-                yield send_to_device(batch, accelerator.device, non_blocking=True)
+                yield send_to_device(batch, device, non_blocking=True)
         except StopRequested:
-            self._stop()
+            # with several processes the others may be in the middle of an update, and can no longer agree
+            self.end_early(alone=count > 1)
 
-    def _data_wait(self) -> AbstractContextManager:
-        return self._meter.data_wait(self.stop if self.accelerator.num_processes == 1 else None)
+    @contextmanager
+    def _data_wait(self) -> Iterator[None]:
+        with self.rescue, self._meter.data_wait(), self.stop.interruptible(GRACE if self.processes.count > 1 else 0.0):
+            yield
 
-    def accumulate(self) -> AbstractContextManager:
+    @contextmanager
+    def accumulate(self) -> Iterator[None]:
         """Around one micro-batch: gradients are synchronised only at the last one of an update."""
-        return self.accelerator.accumulate(self.model)
+        is_last = self._micro_step + 1 == self.training.gradient_accumulation_steps
+        if self.is_sharded:
+            self.model.set_requires_gradient_sync(is_last)
+        holds = not is_last and isinstance(self.model, DistributedDataParallel)
+        with self.rescue, self.model.no_sync() if holds else nullcontext():
+            yield
 
-    def update(self, loss: Tensor, metrics: dict[str, Tensor] | None = None) -> None:
+    def update(
+        self, loss: Tensor, metrics: dict[str, Tensor] | None = None, weight: Tensor | float | None = None
+    ) -> None:
         """Backward; at the last micro-batch also clip, step, schedule, zero, EMA, count, log and checkpoint.
 
         Args:
-            loss: scalar with gradient, the mean over this micro-batch.
+            loss: scalar with gradient: the mean over this micro-batch, or with a `weight` the sum over its rows.
             metrics: detached scalars, or pairs (sum, number of rows), the same keys every time; logged as means.
+            weight: rows (or their total weight) of this micro-batch, 0 allowed. The update is then the mean over all
+                rows of all processes and micro-batches, however they are spread.
         """
-        detached = loss.detach()
+        detached, scale = loss.detach(), self.precision.scale
+        if weight is None:
+            share, logged = 1 / self.training.gradient_accumulation_steps, detached
+        else:
+            weight = torch.as_tensor(weight, dtype=torch.float32, device=detached.device).detach()
+            self._weight = weight if self._weight is None else self._weight + weight
+            share, logged = 1.0, torch.stack([detached.float(), weight])
         # A non-finite loss makes every gradient NaN, on every process, whatever its own gradient was.
-        self.accelerator.backward(loss * torch.where(torch.isfinite(detached), 1.0, torch.nan))
-        self._meter.add({"loss": detached, **(metrics or {})})
+        sound = torch.where(torch.isfinite(detached), share, torch.nan)
+        (loss * (sound if scale is None else sound * scale.value)).backward()
+        self._meter.add({"loss": logged, **(metrics or {})})
+        if scale is not None:
+            self._loss_is_bad = self._loss_is_bad + (~torch.isfinite(detached)).float()
         self._micro_step = (self._micro_step + 1) % self.training.gradient_accumulation_steps
-        if not self.accelerator.sync_gradients:
-            return
-        limit = self.training.max_grad_norm or float("inf")
-        grad_norm = torch.nn.utils.clip_grad_norm_(self._parameters, limit, foreach=True)
-        learning_rate = self.lr_scheduler.get_last_lr()[0]
-        self._step_unless_nonfinite(grad_norm)
-        self.lr_scheduler.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        if self.ema is not None:
-            self.ema.update(self.network, self.step)
-        self.step += 1
-        self.consumed_samples += self.samples_per_update
-        self._meter.add_update(grad_norm.detach())
+        if self._micro_step == 0:
+            self._complete_update()
+
+    def _complete_update(self) -> None:
+        with self.rescue.unsound():
+            grad_norm = self._gradient_norm()
+            learning_rate = self.lr_scheduler.get_last_lr()[0]
+            self._step_unless_nonfinite(grad_norm)
+            self.lr_scheduler.step()
+            self.optimizer.zero_grad(set_to_none=True)
+            if self.ema is not None:
+                self.ema.update(self.trained, self.step)
+            self.step += 1
+            self.consumed_samples += self.samples_per_update
+            self._meter.add_update(grad_norm)
         if self.is_due(self.training.logging_steps) or self.accelerator.device.type == "cpu":
             self._report_nonfinite()
         if self.is_due(self.training.logging_steps):
@@ -291,6 +329,20 @@ class TrainingRun:
         if self._progress is not None:
             self._progress.update()
 
+    def _gradient_norm(self) -> Tensor:
+        """Undo scales and weights, clip; the norm before that, over all processes."""
+        factor = None if self.precision.scale is None else 1 / self.precision.scale.value
+        if self._weight is not None:
+            # DDP and FSDP2 have divided by the number of processes
+            weight = self.accelerator.reduce(self._weight, "sum")
+            mean = self.processes.count / torch.where(weight > 0, weight, 1.0)
+            factor, self._weight = mean if factor is None else factor * mean, None
+        if factor is not None:
+            torch._foreach_mul_(local(p.grad for p in self._parameters), factor)
+        limit = self.training.max_grad_norm or float("inf")
+        norm = torch.nn.utils.clip_grad_norm_(self._parameters, limit, foreach=True)
+        return whole(norm).detach().to(self.accelerator.device)
+
     def is_due(self, every: int | None) -> bool:
         """Whether an update has just been completed whose number is a multiple of `every` (never, if None)."""
         return bool(every) and self._micro_step == 0 and self.step % every == 0
@@ -298,9 +350,25 @@ class TrainingRun:
     def _log(self, learning_rate: float) -> None:
         row = self._meter.flush(self.samples_per_update)
         row |= {"learning_rate": learning_rate, "epoch": self.consumed_samples / self.order.num_samples}
-        if self._tracking is not None:
-            self._tracking.log(self.step, row)
+        if self.precision.scale is not None:
+            row["loss_scale"] = float(self.precision.scale.value)
+        self.log(row)
+        if self._progress is not None:
             self._progress.set_postfix_str(f"loss {row['loss']:.4g}")
+
+    def log(
+        self,
+        scalars: dict[str, float],
+        pictures: dict[str, Image.Image] | None = None,
+        histograms: dict[str, Tensor] | None = None,
+    ) -> None:
+        """A row of metrics.jsonl and the trackers at this step, with pictures and histograms; any time, any process."""
+        if self._tracking is not None:
+            self._tracking.log(self.step, scalars, pictures, histograms)
+
+    def restart_clock(self) -> None:
+        """Leave a pause out of the rates: they speak of training alone."""
+        self._meter.restart_clock()
 
     # ---- non-finite values ----
 
@@ -310,116 +378,104 @@ class TrainingRun:
         The verdict stays on the device: the fused kernel reads it there. Under `stop`, the first bad update blocks all
         later ones until the host reads it at the next log point.
         """
-        bad = (~torch.isfinite(grad_norm)).float()
-        self._first_bad = torch.where((self._first_bad < 0) & (bad > 0), self.step, self._first_bad)
-        self._bad = self._bad + bad
-        if self.training.on_nonfinite == "stop":
-            bad = (self._bad > 0).float()
+        bad, scale = (~torch.isfinite(grad_norm)).float(), self.precision.scale
+        failed = bad
+        if scale is not None:  # an overflow is no failure: the scale is halved, and the update left out
+            loss_is_bad = (self.accelerator.reduce(self._loss_is_bad, "sum") > 0).float()
+            failed = bad * torch.maximum(loss_is_bad, (scale.value < 1).float())
+            scale.update(bad * (1 - failed))
+            self._loss_is_bad = 0.0
+        verdict = self._guard.judge(bad, failed, self.step)
         if self._gated:
-            self.optimizer.optimizer.found_inf = bad
-        elif bad:  # 8-bit AdamW has no such input: one host synchronisation
+            self.optimizer.found_inf = verdict
+        elif verdict:  # 8-bit AdamW has no such input: one host synchronisation
             return
         self.optimizer.step()
 
     def _report_nonfinite(self) -> None:
-        count = int(self._bad)
+        count, step = self._guard.read()
         if count == 0:
             return
-        step = int(self._first_bad)
         first_position = self.consumed_samples - (self.step - step) * self.samples_per_update
         samples = [int(key) for key in self.order.keys(first_position, min(self.samples_per_update, 64))]
-        self._bad.zero_()
-        self._first_bad.fill_(-1)
         self._nonfinite += count
         what = f"non-finite loss or gradient in update {step + 1}; its samples: {samples}"
         if self.training.on_nonfinite == "skip" and self._nonfinite <= self.training.max_nonfinite_skips:
             logger.warning("%s; skipped (%d so far)", what, self._nonfinite)
             return
-        self._close()
-        raise leave(EXIT_NONFINITE, f"{what}; the weights are those before it; last checkpoint: {self._newest()}")
+        self._end_nonfinite(f"{what}; the weights are those before it")
 
-    def _newest(self) -> str:
-        found = checkpoints.list_checkpoints(self.run_dir)
-        return str(found[0]) if found else "none"
+    def _end_nonfinite(self, what: str) -> None:
+        self._saver.wait()
+        newest = checkpoints.find_latest(self.run_dir) if self.processes.is_main else None
+        self._close(EXIT_NONFINITE)
+        raise leave(EXIT_NONFINITE, f"{what}; last checkpoint: {newest or 'none'}")
 
     # ---- checkpoints, validation, end ----
 
-    def save_checkpoint(self) -> None:
-        """Write `checkpoint-<step>`; called by all processes. Afterwards the oldest beyond the limit is deleted."""
-        final = self.run_dir / f"checkpoint-{self.step}"
-        if final in self._saved:
-            return
-        self._report_nonfinite()
-        temporary = final.with_name(final.name + ".tmp")
-        meter = self._meter.state()
-        if self.accelerator.is_main_process:
-            checkpoints.begin(self.run_dir, self.step)
-        self.accelerator.wait_for_everyone()
-        self.accelerator.save_state(str(temporary))
-        if self.accelerator.is_main_process:
-            for name, module in self._state_modules.items():
-                save_model(module, str(temporary / f"{name}.safetensors"))
-            state = {"step": self.step, "consumed_samples": self.consumed_samples, "meter": meter}
-            state |= {"seed": self.order.seed, "num_samples": self.order.num_samples}
-            state |= {"max_train_steps": self.training.max_train_steps}
-            write_json(temporary / "run_state.json", state)
-        self.accelerator.wait_for_everyone()
-        self._saved.add(final)
-        if self.accelerator.is_main_process:
-            checkpoints.commit(temporary)
-            training = self.training
-            checkpoints.rotate(
-                self.run_dir,
-                training.checkpoints_total_limit,
-                training.keep_every_n_steps,
-                trusted=self._saved,
-                kept={self._resumed_from, self._best_checkpoint()},
-            )
-        self.accelerator.wait_for_everyone()
-        self._meter.restart_clock()
+    def save_checkpoint(self, alone: bool = False) -> None:
+        """Write `checkpoint-<step>`; called by all processes, or by the main one `alone` in an emergency.
 
-    def validate(
-        self, function: Callable[[ModelMixin], tuple[dict[str, float], dict[str, Image.Image]]]
-    ) -> dict[str, float]:
-        """Run `function(inference_model) -> (scalars, pictures)` on the main process and log what it returns.
-
-        It cannot change the run (weights, modes and random state are as before) and running out of memory does not
-        end it. Returns the scalars, on every process; none where it did not come to an end.
+        Weights, averages or moments that are not finite are never written: the run ends instead.
         """
-        scalars: dict[str, float] = {}
-        self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:
-            model, devices = self.inference_model, [self.accelerator.device]
-            was_training = model.training
-            with torch.random.fork_rng(devices if devices[0].type == "cuda" else []), torch.no_grad():
-                try:
-                    with self.stop.interruptible(), self.accelerator.autocast():
-                        scalars, pictures = function(model.eval())
-                    self._tracking.log(self.step, {f"validation/{k}": v for k, v in scalars.items()}, pictures)
-                except torch.OutOfMemoryError as error:
-                    logger.warning("validation ran out of memory and is skipped: %s", str(error).splitlines()[0])
-                except StopRequested:
-                    pass  # the loop saves and leaves before the next update
-                finally:
-                    model.train(was_training)
-        scalars = broadcast_object_list([scalars])[0]
-        self._meter.restart_clock()
-        return scalars
+        if self.run_dir / f"checkpoint-{self.step}" in self._saver.saved:
+            self._saver.wait()
+            return
+        if not alone:
+            self._report_nonfinite()
+        tensors = {"model": dict(state_tensors(self.trained))}
+        if self.ema is not None:
+            tensors["ema"] = self.ema.tensors()
+        tensors |= {name: dict(state_tensors(module)) for name, module in self._modules.items()}
+        tensors["optimizer"], values = optimizer_state(self.optimizer, self._names())
+        spoilt = [part for part, named in tensors.items() if not all_finite(named.values())]
+        if spoilt if alone else self.processes.any(bool(spoilt)):
+            self._end_nonfinite(f"{' and '.join(spoilt) or 'a share'} not finite at update {self.step}: no checkpoint")
+        parts = {part: snapshot(named, self.processes.is_main) for part, named in tensors.items()}
+        state = self._identity() | {
+            "step": self.step,
+            "consumed_samples": self.consumed_samples,
+            "max_train_steps": self.training.max_train_steps,
+            "meter": self._meter.state(alone),
+            "loss_scale": None if self.precision.scale is None else self.precision.scale.state(),
+            "best": self._best,
+        }
+        kept = {path for path in (self._resumed_from, self._best_checkpoint()) if path is not None}
+        self._saver.save(Snapshot(self.step, parts, describe_state(state, values, self.config), kept), alone)
+        self.restart_clock()
 
-    def keep_best(self, score: float | None) -> None:
+    def validation(
+        self,
+        every: int | None,
+        function: Callable[[ModelMixin], Measured],
+        score: Callable[[dict[str, float]], float] | None = None,
+        name: str = "validation",
+    ) -> Validation:
+        """A check to call after each update: measures `function(inference_model)` every so many updates.
+
+        One that a stop interrupted, or a kill, is made when the run has been resumed. Arguments as `Validation`.
+        """
+        self._validations.append(Validation(self, every, function, score, name))
+        return self._validations[-1]
+
+    def keep_best(self, score: float) -> None:
         """Make this update's checkpoint a milestone if `score`, higher is better, exceeds all before it.
 
-        The best one is named in best.json and is not deleted until a better one exists; None is no score.
+        The best one is named in best.json and is not deleted until a better one exists.
         """
-        # compared in memory, where every process comes to the same answer
-        if score is None or not score > self._best.get("score", float("-inf")):  # nor is NaN the best
+        # compared in memory, where every process comes to the same answer; NaN is never the best
+        if not score > self._best.get("score", float("-inf")):
             return
-        self.save_checkpoint()
         self._best = {"step": self.step, "score": score}
-        if self.accelerator.is_main_process:
-            temporary = self.run_dir / "best.json.tmp"
-            write_json(temporary, self._best)
-            temporary.rename(self.run_dir / "best.json")
+        self.save_checkpoint()
+        self._saver.wait()
+        self._write_best()
+
+    def _write_best(self) -> None:
+        path = self.run_dir / "best.json"
+        if self.processes.is_main and self._best:
+            checkpoints.discard(path) if path.is_dir() else None
+            write_json(path, self._best)
 
     def _best_checkpoint(self) -> Path | None:
         return self.run_dir / f"checkpoint-{self._best['step']}" if self._best else None
@@ -427,22 +483,56 @@ class TrainingRun:
     def finish(self, pipeline: DiffusionPipeline | ModelMixin) -> None:
         """Final checkpoint, pipeline or network for `from_pretrained(output_dir)`, logs closed."""
         self.save_checkpoint()
-        if self.accelerator.is_main_process:
-            export_pipeline(self.run_dir, pipeline)
-        self._close()
+        self._saver.wait()
+        if self.is_sharded:
+            pipeline = self._with_whole_weights(pipeline)
+        if self.processes.is_main:
+            with self.applied_average() if not self.is_sharded else nullcontext():
+                export_pipeline(self.run_dir, pipeline)
+        self._close(EXIT_DONE)
 
-    def _stop(self) -> None:
+    def _with_whole_weights(self, pipeline: DiffusionPipeline | ModelMixin) -> DiffusionPipeline | ModelMixin:
+        """The same with gathered weights in place of this process's shares; called by all processes."""
+        tensors = dict(state_tensors(self.trained)) if self.ema is None else self.ema.tensors()
+        is_main, gathered = self.processes.is_main, {}
+        for name, tensor in tensors.items():
+            full = whole(tensor)  # all processes take part, one tensor at a time
+            if is_main:
+                gathered[name] = full.detach().cpu()
+        if not is_main:
+            return pipeline
+        self._skeleton.load_state_dict(gathered, assign=True, strict=False)
+        if not isinstance(pipeline, DiffusionPipeline):
+            return self._skeleton
+        own = [name for name, part in pipeline.components.items() if part in (self.inference_model, self.trained)]
+        pipeline.register_modules(**dict.fromkeys(own, self._skeleton))
+        return pipeline
+
+    def end_early(self, alone: bool = False) -> None:
+        """Answer a stop: checkpoint, exit code 75; `alone` where the other processes can no longer take part."""
+        if alone:
+            self.rescue.leave_alone()
         self.save_checkpoint()
-        self._close()
+        self._saver.wait()
+        self._close(EXIT_RESUME)
         abandon_workers()
-        raise leave(EXIT_RESUME, f"stopped at update {self.step}; continue with --resume_from_checkpoint latest")
+        raise self._left(EXIT_RESUME, f"stopped at update {self.step}; continue with --resume_from_checkpoint latest")
 
-    def _close(self) -> None:
+    def refuse(self, problem: str) -> SystemExit:
+        """The input is wrong (exit code 2): said once, by the main process. `raise run.refuse(...)`."""
+        self._close(EXIT_INPUT)
+        return self._left(EXIT_INPUT, problem)
+
+    def _left(self, code: int, message: str) -> SystemExit:
+        return leave(code, message) if self.processes.is_main else SystemExit(code)
+
+    def _close(self, code: int) -> None:
         if self._tracking is not None:
             self._progress.close()
             self._tracking.close()
         self.stop.release()
-        self.accelerator.wait_for_everyone()
+        if self.processes.is_main:
+            self.folder.write_exit(code)
+        self.processes.wait()
         self.accelerator.end_training()
-        if self._lock is not None:
-            self._lock.close()
+        self.folder.release()

@@ -1,30 +1,58 @@
-"""Being asked to stop: SIGTERM, SIGUSR1 (a scheduler's warning) and the first Ctrl-C."""
+"""Being asked to stop: SIGTERM, SIGUSR1 (a scheduler's warning), the first Ctrl-C, and a launcher that has gone."""
 
 from __future__ import annotations
 
+import ctypes
+import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-EXIT_RESUME = 75  # EX_TEMPFAIL: a checkpoint is written, start the same command again
+from backlot.command_line import EXIT_RESUME, leave
+from trainers.common.processes import Processes
+
+PR_SET_PDEATHSIG = 1
+GRACE = 5.0
+"""Seconds that a wait for data may still take when several processes are asked to stop; launchers kill after 30."""
+LAUNCHERS = ("accelerate", "torchrun", "torch.distributed.run", "torch/distributed/run.py", "deepspeed")
 
 
 class StopRequested(BaseException):
     """Raised by the signal handler where waiting would only lose time: in a data wait, in validation."""
 
 
+def follow_launcher() -> None:
+    """Ask the kernel for SIGTERM when the launcher ends: `accelerate launch` does not pass its own signals on.
+
+    Without a launcher (a script started from a shell) nothing changes: that shell may well end before the run.
+    """
+    parent = os.getppid()
+    if _is_launcher(parent):
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    launched = "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
+    if launched and os.getppid() == 1 and not _is_launcher(1):  # it went before the kernel was asked
+        raise leave(EXIT_RESUME, "the launcher has ended; nothing was begun")
+
+
+def _is_launcher(pid: int) -> bool:
+    try:
+        command = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace")
+    except OSError:
+        return False
+    return any(name in command for name in LAUNCHERS)
+
+
 class StopSignal:
     """Notices the signals from the moment it is made. Processes agree through `agreed`, so that all save together."""
 
-    def __init__(self, num_processes: int):
+    def __init__(self, processes: Processes):
         self.requested = False
-        self.num_processes = num_processes
-        self._interruptible = False
-        # Votes travel on the CPU: agreeing costs the accelerator nothing.
-        self._group = dist.new_group(backend="gloo") if num_processes > 1 else None
+        self.group = processes.group  # votes travel on the CPU: agreeing costs the accelerator nothing
+        self._grace: float | None = None
         self._vote: tuple[dist.Work, torch.Tensor] | None = None
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             signal.signal(number, self._handle)
@@ -33,27 +61,37 @@ class StopSignal:
         if number == signal.SIGINT and self.requested:
             raise KeyboardInterrupt  # a second Ctrl-C leaves at once
         self.requested = True
-        if self._interruptible:
-            self._interruptible = False
+        self._interrupt()
+
+    def _interrupt(self) -> None:
+        grace, self._grace = self._grace, None
+        if grace == 0:
             raise StopRequested
+        if grace is not None:
+            signal.signal(signal.SIGALRM, self._give_up)
+            signal.setitimer(signal.ITIMER_REAL, grace)
+
+    def _give_up(self, number: int, frame) -> None:
+        raise StopRequested
 
     @contextmanager
-    def interruptible(self) -> Iterator[None]:
-        """Inside, a signal raises `StopRequested` at once (at entry, if it came before)."""
-        self._interruptible = True
+    def interruptible(self, grace: float = 0.0) -> Iterator[None]:
+        """Inside, a signal raises `StopRequested` after `grace` seconds (from entry, if it came before)."""
+        self._grace = grace
         try:
             if self.requested:
-                raise StopRequested
+                self._interrupt()
             yield
         finally:
-            self._interruptible = False
+            self._grace = None
+            signal.setitimer(signal.ITIMER_REAL, 0)
 
     def agreed(self) -> bool:
         """Whether any process was asked to stop. Call it on every process, once per update.
 
         With several processes the answer is that of the call before: its vote travelled during the update.
         """
-        if self._group is None:
+        if self.group is None:
             return self.requested
         answer = False
         if self._vote is not None:
@@ -61,7 +99,7 @@ class StopSignal:
             work.wait()
             answer = bool(flag)
         flag = torch.tensor(int(self.requested))
-        self._vote = dist.all_reduce(flag, dist.ReduceOp.MAX, self._group, async_op=True), flag
+        self._vote = dist.all_reduce(flag, dist.ReduceOp.MAX, self.group, async_op=True), flag
         return answer
 
     def release(self) -> None:

@@ -73,7 +73,7 @@ class Tracking:
         trackers: makes each tracker from (run_dir, step); one that fails is given up with a warning.
     """
 
-    def __init__(self, run_dir: Path, step: int, trackers: list[Callable[[Path, int], Tracker]]):
+    def __init__(self, run_dir: Path, step: int, trackers: list[Callable[[Path, int], Tracker]], hyperparameters=None):
         self.run_dir, self.path = run_dir, run_dir / "metrics.jsonl"
         if self.path.exists():
             lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines()
@@ -83,7 +83,9 @@ class Tracking:
             temporary.rename(self.path)
         self.threads = [_TrackerThread(tracker, run_dir, step) for tracker in trackers]
 
-    def log(self, step: int, scalars: dict[str, float], pictures: dict[str, Image.Image] | None = None) -> None:
+    def log(
+        self, step: int, scalars: dict[str, float], pictures: dict[str, Image.Image] | None = None, histograms=None
+    ) -> None:
         """One row. Pictures go to `samples/<name>-<step>.png` as well."""
         pictures = pictures or {}
         with self.path.open("a", encoding="utf-8") as file:
@@ -134,6 +136,16 @@ class _TrackerThread(threading.Thread):
         self.join(SECONDS_TO_FINISH)
         if self.is_alive():
             logger.warning("%s hangs; leaving without it", self.name)
+
+
+def check_trackers(names):
+    pass
+
+
+def read_rows(run_dir):
+    path = run_dir / "metrics.jsonl"
+    lines = path.read_text(errors="replace").splitlines() if path.exists() else []
+    return [json.loads(x) for x in lines if _step_of(x) < float("inf")]
 
 
 def _step_of(line: str) -> float:

@@ -1,0 +1,68 @@
+"""What is saved when a run ends by an error that is not its own: the last update, if its state is sound."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import torch
+
+from backlot.command_line import EXIT_CRASH, EXIT_RESUME
+from trainers.common.loader import abandon_workers
+from trainers.common.signals import StopRequested
+
+if TYPE_CHECKING:
+    from trainers.common.run import TrainingRun
+
+logger = logging.getLogger(__name__)
+
+
+class Rescue:
+    """Around everything that may fail between two updates: `with run.rescue: ...`.
+
+    One bad sample, a full disk, an exhausted memory end a run, with their own error and exit code; but first the last
+    complete update is written, by the main process alone, because the others may be anywhere.
+    """
+
+    def __init__(self, run: TrainingRun):
+        self.run = run
+        self._is_sound = True
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _) -> None:
+        if kind is None or issubclass(kind, SystemExit | GeneratorExit | StopRequested | KeyboardInterrupt):
+            return
+        if issubclass(kind, torch.OutOfMemoryError) and self.run.is_measuring:
+            return  # validation goes on without it
+        if self.run.stop.requested and self.run.processes.count > 1:
+            self.leave_alone()  # another process has left, and this one's call to it failed
+        self.run.folder.write_exit(EXIT_CRASH)
+        self._save(f"{kind.__name__}: {error}")
+
+    @contextmanager
+    def unsound(self) -> Iterator[None]:
+        """Inside, weights, moments and averages are not of one update."""
+        self._is_sound = False
+        yield
+        self._is_sound = True
+
+    def leave_alone(self) -> None:
+        """Save what this process can save by itself, and end it with exit code 75."""
+        self.run.folder.write_exit(EXIT_RESUME)
+        self._save("stopped")
+        abandon_workers()
+        sys.stderr.flush()
+        os._exit(EXIT_RESUME)  # not SystemExit: taking a process group apart waits for the others
+
+    def _save(self, why: str) -> None:
+        run = self.run
+        can_save = self._is_sound and run.processes.is_main and not run.is_sharded
+        if can_save and run.step > 0:
+            run.save_checkpoint(alone=True)
+            logger.error("%s; checkpoint-%d is written", why, run.step)

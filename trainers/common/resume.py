@@ -1,0 +1,90 @@
+"""Which checkpoint a run continues, and whether it may."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from backlot.config import Settings
+from trainers.common import checkpoints
+from trainers.common.config import RunConfig
+from trainers.common.saving import STATE_NAME
+from trainers.common.state import load_optimizer, load_tensors
+
+WHAT = {
+    "seed": "training.seed",
+    "num_samples": "the number of samples",
+    "data": "the data (their fingerprint)",
+    "frozen": "the frozen base (its checksum)",
+}
+
+
+def choose_checkpoint(run_dir: Path, wanted: str) -> tuple[Path | None, str | None]:
+    """The checkpoint that `resume_from_checkpoint` names, or what is wrong with it.
+
+    None and no problem: `auto` in a folder without checkpoints.
+    """
+    if wanted in ("latest", "auto"):
+        found = checkpoints.find_latest(run_dir)
+        # `auto` starts afresh only where there is nothing at all: a folder of damaged checkpoints is an error.
+        lacks = found is None and (wanted == "latest" or bool(checkpoints.list_checkpoints(run_dir)))
+        return found, f"no intact checkpoint in {run_dir}" if lacks else None
+    checkpoint = Path(wanted)
+    problems = checkpoints.verify(checkpoint) if checkpoint.is_dir() else ["no such folder"]
+    if problems:
+        return None, f"cannot resume from {checkpoint}: {'; '.join(problems)}"
+    if checkpoint.resolve().parent == run_dir.resolve():
+        newest = checkpoints.find_latest(run_dir)
+        if newest is not None and checkpoints.step_of(newest) > checkpoints.step_of(checkpoint):
+            return None, f"{newest} is newer than {checkpoint}: continue an older one in another --output_dir"
+    return checkpoint, None
+
+
+class Resumption:
+    """A verified checkpoint, being read."""
+
+    def __init__(self, checkpoint: Path):
+        self.checkpoint = checkpoint
+        self.state: dict = {}
+
+    def check(self, config: RunConfig, identity: dict) -> dict:
+        """The state of the run; ValueError names what makes this run another experiment."""
+        self.state = json.loads((self.checkpoint / STATE_NAME).read_text(encoding="utf-8"))
+        allowed = set(config.training.resume_with_changes)
+        for key, now in identity.items():
+            then = self.state[key]
+            if then != now and key not in allowed and None not in (then, now):
+                raise ValueError(f"it was trained with another {WHAT[key]}: {then}, now {now}; start a new run")
+        differences = config.differences(self.state["config"])
+        if differences:
+            raise ValueError(
+                f"this is another experiment ({'; '.join(differences)}): start a new run, or allow a change with "
+                "--training.resume_with_changes"
+            )
+        return self.state
+
+    def load(self, part: str, tensors: Mapping[str, Tensor]) -> None:
+        load_tensors(self.checkpoint, part, tensors)
+
+    def load_optimizer(self, optimizer: Optimizer, names: Mapping[int, str]) -> None:
+        # Hyper-parameters are the configuration's, not those of the interrupted run.
+        load_optimizer(self.checkpoint, optimizer, names, self.state["optimizer"])
+
+
+def describe_state(state: dict, optimizer_values: dict, config: Settings) -> dict:
+    """run_state.json."""
+    return state | {"optimizer": optimizer_values, "config": config.model_dump(mode="json")}
+
+
+def best_of(rows: list[dict], step: int) -> dict[str, float]:
+    """The first row with the highest score up to a step: what best.json says, also where that is lost."""
+    best: dict[str, float] = {}
+    for row in rows:
+        for key, score in row.items():
+            if key.endswith("/score") and row["step"] <= step and score > best.get("score", float("-inf")):
+                best = {"step": row["step"], "score": score}
+    return best
