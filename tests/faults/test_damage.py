@@ -19,8 +19,7 @@ FILES = [
     "ema.safetensors",
     "manifest.json",
     "model.safetensors",
-    "optimizer.bin",
-    "random_states_0.pkl",
+    "optimizer.safetensors",
     "run_state.json",
 ]
 FLIPS = 40

@@ -37,7 +37,7 @@ def poison(run, kind: str, micro_step: int = 0):
 
 def state(run) -> dict[str, torch.Tensor]:
     tensors = {name: value.clone() for name, value in run.network.state_dict().items()}
-    for index, values in enumerate(run.optimizer.optimizer.state.values()):
+    for index, values in enumerate(run.optimizer.state.values()):
         tensors |= {f"optimizer/{index}/{key}": value.clone() for key, value in values.items()}
     return tensors
 

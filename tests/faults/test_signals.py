@@ -86,17 +86,16 @@ def slow_update(marker: Path, arguments: list[str], micro_batch: int) -> None:
 
 
 def slow_save(marker: Path, arguments: list[str]) -> None:
-    from accelerate import Accelerator
-
     from trainers import train_shortcut
+    from trainers.common import checkpoints
 
-    save_state = Accelerator.save_state
+    commit = checkpoints.commit
 
-    def slow(self, folder):
-        save_state(self, folder)
+    def slow(temporary):
         linger(marker, 0.3)
+        return commit(temporary)
 
-    Accelerator.save_state = slow
+    checkpoints.commit = slow
     train_shortcut.main(arguments)
 
 
@@ -120,12 +119,8 @@ def straight(tmp_path_factory):
     for accumulation in (1, 2):
         run_dir = tmp_path_factory.mktemp("straight")
         runs.train(run_dir, *VALIDATION, **SETTINGS, gradient_accumulation_steps=accumulation)
-        results[accumulation] = runs.tensors_of(run_dir / "checkpoint-4"), training_rows(run_dir)
+        results[accumulation] = runs.tensors_of(run_dir / "checkpoint-4"), runs.rows_of(run_dir)
     return results
-
-
-def training_rows(run_dir: Path) -> list[dict]:
-    return [row for row in runs.rows_of(run_dir) if "loss" in row]
 
 
 PHASES = {
@@ -168,7 +163,7 @@ def test_a_signal_leads_to_a_checkpoint_and_exit_code_75(tmp_path, phase, straig
     runs.train(run_dir, *VALIDATION, **SETTINGS | settings, resume_from_checkpoint="latest")
     tensors, rows = straight[settings.get("gradient_accumulation_steps", 1)]
     assert runs.differing(tensors, runs.tensors_of(run_dir / "checkpoint-4")) == []
-    assert training_rows(run_dir) == rows
+    assert runs.rows_of(run_dir) == rows  # those of validation among them
 
 
 def test_a_second_signal_inside_the_save_changes_nothing(tmp_path):

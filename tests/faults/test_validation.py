@@ -51,11 +51,12 @@ def test_modes_weights_and_random_state_are_as_before(tmp_path, flows, use_ema, 
             raise ZeroDivisionError
         return {"score": 1.0}, {}
 
+    validation = run.validation(1, draw)
     if ends == "error":
         with pytest.raises(ZeroDivisionError):
-            run.validate(draw)
+            validation()
     else:
-        run.validate(draw)
+        validation()
     assert torch.equal(torch.get_rng_state(), before)
     assert torch.is_grad_enabled()
     assert all(module.training == mode for module, mode in modes)

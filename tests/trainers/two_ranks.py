@@ -61,7 +61,7 @@ def main(folder: Path, stop_in: int, arguments: list[str]) -> None:
         "steps": run.step,
         "weights": digest(run.network.state_dict().values()),
         "ema": digest(run.ema.model.state_dict().values()),
-        "optimizer": digest(v for state in run.optimizer.optimizer.state.values() for v in state.values()),
+        "optimizer": digest(v for state in run.optimizer.state.values() for v in state.values()),
     }
     (folder / f"{ranks}-ranks-{rank}.json").write_text(json.dumps(result))
     raise SystemExit(code)

@@ -187,7 +187,10 @@ def _remove(checkpoint: Path) -> None:
     try:
         discard(doomed)
         checkpoint.rename(doomed)
-        discard(doomed)
+        if doomed.is_symlink() or doomed.is_file():
+            doomed.unlink()
+        else:
+            shutil.rmtree(doomed)
     except OSError as error:
         logger.warning("could not delete %s: %s", checkpoint, error)
 

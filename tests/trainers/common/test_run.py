@@ -78,7 +78,7 @@ def test_the_gradient_is_clipped_and_its_norm_before_that_is_logged(tmp_path, fl
             run.update(loss, metrics)
     norm = torch.cat([g.flatten() for g in expected if g is not None]).norm().item()
     assert runs.rows_of(tmp_path / "run")[0]["grad_norm"] == pytest.approx(norm, rel=1e-5)
-    moments = [state["exp_avg"] for state in run.optimizer.optimizer.state.values()]
+    moments = [state["exp_avg"] for state in run.optimizer.state.values()]
     # after one update the first moment is 0.1 of the clipped gradient
     assert torch.cat([m.flatten() for m in moments]).norm().item() == pytest.approx(1e-5, rel=1e-3)
     runs.save_and_close(run)
@@ -225,7 +225,7 @@ def test_another_process_count_than_expected_is_refused(tmp_path, flows, capsys)
     with pytest.raises(SystemExit) as exit_:
         runs.open_run(tmp_path / "run", flows, expected_processes=2)
     assert exit_.value.code == 2
-    assert "expected 2 processes, Accelerate runs 1" in capsys.readouterr().err
+    assert "training.expected_processes is 2, the launch configuration starts 1" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 
