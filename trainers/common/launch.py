@@ -113,15 +113,28 @@ REFUSED = {
     "ACCELERATE_DOWNCAST_BF16": ("downcast_bf16", "it is for TPUs"),
     "ACCELERATE_USE_TPU": ("a TPU", "use GPUs or CPUs"),
 }
-FSDP_OBEYED = {"FSDP_VERSION", "FSDP_RESHARD_AFTER_FORWARD", "FSDP_OFFLOAD_PARAMS", "FSDP_TRANSFORMER_CLS_TO_WRAP"}
-# whatever they say, it is what happens: shares are saved as they lie, and every rank loads by itself
-FSDP_MEANINGLESS = {
-    "FSDP_STATE_DICT_TYPE",
-    "FSDP_SYNC_MODULE_STATES",
-    "FSDP_CPU_RAM_EFFICIENT_LOADING",
-    "FSDP_USE_ORIG_PARAMS",
-    "FSDP_FORWARD_PREFETCH",
-    "FSDP_BACKWARD_PREFETCH",
+BOTH = ("true", "false")
+# None: any value, it changes nothing here. Shares are saved as they lie, and every process reads its own.
+FSDP_KEYS: dict[str, tuple[str, ...] | None] = {
+    "version": ("2",),
+    "reshard_after_forward": BOTH,
+    "offload_params": BOTH,
+    "auto_wrap_policy": ("transformer_based_wrap",),
+    "transformer_cls_to_wrap": None,
+    "sharding_strategy": ("full_shard", "1"),
+    "activation_checkpointing": ("false",),
+    "activation_checkpointing_offload": ("false",),
+    "state_dict_type": None,
+    "sync_module_states": None,
+    "cpu_ram_efficient_loading": None,
+    "use_orig_params": None,
+    "forward_prefetch": ("false",),
+    "backward_prefetch": None,
+    "min_num_params": None,
+}
+INSTEAD = {
+    "version": "set fsdp_version: 2",
+    "activation_checkpointing": "set training.gradient_checkpointing instead",
 }
 
 
@@ -131,25 +144,19 @@ def read_sharding(environment: Mapping[str, str]) -> Sharding:
     Raises:
         ValueError: version 1, or a key that is not obeyed.
     """
-    keys = {name: value for name, value in environment.items() if name.startswith("FSDP_")}
-    if keys.get("FSDP_VERSION", "1") != "2":
-        raise ValueError("the launch configuration asks for FSDP 1: set fsdp_version: 2")
-    if keys.get("FSDP_AUTO_WRAP_POLICY", "TRANSFORMER_BASED_WRAP") != "TRANSFORMER_BASED_WRAP":
-        raise ValueError(
-            f"fsdp_auto_wrap_policy {keys['FSDP_AUTO_WRAP_POLICY']}: only TRANSFORMER_BASED_WRAP is supported"
-        )
-    if keys.get("FSDP_ACTIVATION_CHECKPOINTING", "false").lower() == "true":
-        raise ValueError("fsdp_activation_checkpointing: set training.gradient_checkpointing instead")
-    unknown = sorted(
-        keys.keys() - FSDP_OBEYED - FSDP_MEANINGLESS - {"FSDP_AUTO_WRAP_POLICY", "FSDP_ACTIVATION_CHECKPOINTING"}
-    )
-    if unknown:
-        raise ValueError(f"{unknown[0].lower()} is not supported: leave it out of the launch configuration")
-    reshard = keys.get("FSDP_RESHARD_AFTER_FORWARD", "true").lower()
-    if reshard not in ("true", "false"):
-        raise ValueError(f"fsdp_reshard_after_forward {reshard}: FSDP2 takes true or false")
-    blocks = tuple(name.strip() for name in keys.get("FSDP_TRANSFORMER_CLS_TO_WRAP", "").split(",") if name.strip())
-    return Sharding(blocks, reshard == "true", keys.get("FSDP_OFFLOAD_PARAMS", "false").lower() == "true")
+    given = {name.lower(): value for name, value in environment.items() if name.startswith("FSDP_")}
+    keys = {"fsdp_version": "1"} | given
+    for name, value in sorted(keys.items()):
+        short = name.removeprefix("fsdp_")
+        if short not in FSDP_KEYS:
+            raise ValueError(f"{name} is not supported: leave it out of the launch configuration")
+        allowed = FSDP_KEYS[short]
+        if allowed is not None and value.lower() not in allowed:
+            instead = INSTEAD.get(short, f"only {' or '.join(allowed)} is supported")
+            raise ValueError(f"the launch configuration asks for {name} {value}: {instead}")
+    blocks = tuple(name.strip() for name in keys.get("fsdp_transformer_cls_to_wrap", "").split(",") if name.strip())
+    reshard, offload = (keys.get(f"fsdp_{name}", "") for name in ("reshard_after_forward", "offload_params"))
+    return Sharding(blocks, reshard.lower() != "false", offload.lower() == "true")
 
 
 def start(request: Request, training: TrainingConfig) -> Accelerator:
