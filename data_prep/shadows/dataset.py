@@ -42,7 +42,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch.utils.data import Dataset
 
-from backlot.pictures import BAD_IMAGE_ERRORS, EXHAUSTED, MAX_PIXELS, to_rgb
+from backlot.pictures import BAD_IMAGE_ERRORS, EXHAUSTED, MAX_PIXELS, fit_object, fit_square, object_pixels
 from backlot.samples import SampleKey, is_validation
 
 SPLITS = ("train", "validation", "all")
@@ -175,12 +175,7 @@ def decode_picture(data: bytes, kind: str, formats: tuple[str, ...]) -> Image.Im
 
 def decode_object(data: bytes, fill: float) -> np.ndarray:
     """The object's picture (H, W, 3) float32 in [0, 1], transparent pixels laid over the grey `fill`."""
-    image = decode_picture(data, "object", ("PNG", "JPEG", "WEBP"))
-    if image.has_transparency_data:
-        pixels = np.asarray(image.convert("RGBA"), np.float32) / 255
-        alpha = pixels[..., 3:]
-        return pixels[..., :3] * alpha + np.float32(fill) * (1 - alpha)
-    return np.asarray(to_rgb(image), np.float32) / 255
+    return object_pixels(decode_picture(data, "object", ("PNG", "JPEG", "WEBP")), None, fill)
 
 
 def decode_grey(data: bytes, kind: str) -> np.ndarray:
@@ -575,7 +570,7 @@ class ShadowDataset(Dataset):
             raise IndexError(f"row {row} of {len(self)}")
         sample = load_sample(self._source, self._rows[row], self.fill)
         if self.image_size is not None:
-            sample = fit_square(sample, self.image_size, self.fill)
+            sample = fit_sample(sample, self.image_size, self.fill)
         elif sample.mask.shape != self.picture_size:
             (height, width), (first_height, first_width) = sample.mask.shape, self.picture_size
             reason = f"{width}x{height} pixels, {self.stems[0]!r} has {first_width}x{first_height}: set `image_size`"
@@ -600,26 +595,7 @@ def light_tensors(theta: float, phi: float, size: float) -> dict[str, torch.Tens
     }
 
 
-def fit_square(sample: Sample, image_size: int, fill: float = FILL) -> Sample:
-    """Resize so that the longer side has `image_size` pixels, and centre on a square of the fill (maps: of 0)."""
-    channels = [
-        resize(channel, image_size, Image.Resampling.LANCZOS, fill)
-        for channel in np.moveaxis(sample.object_image, 2, 0)
-    ]
-    return Sample(
-        np.stack(channels, axis=-1).clip(0, 1),
-        resize(sample.mask, image_size, Image.Resampling.BOX, 0).clip(0, 1),
-        resize(sample.shadow, image_size, Image.Resampling.BOX, 0).clip(0, 1),
-    )
-
-
-def resize(values: np.ndarray, image_size: int, resampling: Image.Resampling, background: float) -> np.ndarray:
-    """Resize (H, W) float32 to fit into a square, and centre it there."""
-    height, width = (max(1, round(side * image_size / max(values.shape))) for side in values.shape)
-    if (height, width) != values.shape:
-        image = Image.fromarray(np.ascontiguousarray(values)).resize((width, height), resampling)
-        values = np.asarray(image)
-    square = np.full((image_size, image_size), background, np.float32)
-    top, left = (image_size - height) // 2, (image_size - width) // 2
-    square[top : top + height, left : left + width] = values
-    return square
+def fit_sample(sample: Sample, image_size: int, fill: float = FILL) -> Sample:
+    """The three pictures fitted into squares: object on the fill, mask and shadow on 0."""
+    shadow = fit_square(sample.shadow, image_size, 0.0, Image.Resampling.BOX)
+    return Sample(*fit_object(sample.object_image, sample.mask, image_size, fill), shadow)
