@@ -18,10 +18,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from backlot.modalities import MODALITIES
 from backlot.samples import SampleKey
 from data_prep.scenes.format import (
     CONDITIONS,
-    MODALITIES,
     bad_scene,
     check_conditionals,
     check_latents,

@@ -21,11 +21,11 @@ from tqdm import tqdm
 from backlot.files import file_sha256
 from backlot.latent_cache import vae_fingerprint
 from backlot.loading import default_device
+from backlot.modalities import MODALITIES
 from backlot.pictures import to_images
 from data_prep.scenes.dataset import as_floats
 from data_prep.scenes.format import (
     METADATA_NAME,
-    MODALITIES,
     SCENES_NAME,
     SPLITS,
     Scene,

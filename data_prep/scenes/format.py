@@ -42,11 +42,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from backlot.modalities import OPTIONAL_POSES, POSES, WIDTHS
+
 SPLITS = ("train", "val", "test")
-POSES = {"translation": 3, "scale": 3, "6drotation_normalized": 6}  # and their widths
-OPTIONAL = {"translation_scale": 1}
-WIDTHS = POSES | OPTIONAL
-MODALITIES = ("shape", *POSES, *OPTIONAL)
 KINDS = ("shapes", "latents", "conditionals")
 FORMATS = ("safetensors", "pt")
 LAYOUTS = ("tokens_channels", "channels_tokens")
@@ -319,7 +317,7 @@ def tokens_first(tensors: dict[str, Tensor], layout: str | None) -> dict[str, Te
 
 def check_latents(latents: Mapping[str, object]) -> list[str]:
     """The problems of latents with tokens before channels, one line each, which name the modality."""
-    problems = _check_names("latents", latents, ("shape", *POSES), OPTIONAL)
+    problems = _check_names("latents", latents, ("shape", *POSES), OPTIONAL_POSES)
     shape = latents.get("shape")
     if isinstance(shape, Tensor) and shape.dtype in FLOATS and (shape.ndim != 3 or 0 in shape.shape[1:]):
         problems.append(f"latents: shape is {list(shape.shape)}, it must be [N, tokens, channels]")
@@ -328,7 +326,7 @@ def check_latents(latents: Mapping[str, object]) -> list[str]:
 
 def check_shapes(shapes: Mapping[str, object], resolution: object) -> list[str]:
     """The problems of packed occupancies with their poses, one line each, which name the field."""
-    problems = _check_names("shapes", shapes, ("occupancy", *POSES), OPTIONAL)
+    problems = _check_names("shapes", shapes, ("occupancy", *POSES), OPTIONAL_POSES)
     occupancy = shapes.get("occupancy")
     if not _is_count(resolution) or resolution % 2:
         problems.append(f"`resolution` of {METADATA_NAME} must be an even number, got {resolution!r}")

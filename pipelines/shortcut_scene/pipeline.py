@@ -19,9 +19,10 @@ from PIL import Image
 from torch import Tensor
 from transformers import BaseImageProcessor, PreTrainedModel
 
+from backlot.modalities import OPTIONAL_POSES, POSES
 from backlot.pictures import image_grid
 from backlot.rendering import object_color, render_scene
-from pipelines.shortcut_scene.codec import POSES, PoseCodec, rotation_matrix
+from pipelines.shortcut_scene.codec import PoseCodec, rotation_matrix
 from pipelines.shortcut_scene.inputs import (
     Sample,
     describe,
@@ -105,8 +106,8 @@ class ShortcutScenePipeline(DiffusionPipeline):
         """Tokens and channels of each modality, in the order in which their noise is drawn."""
         config = self.transformer.config
         sizes = {"shape": (config.shape_tokens, config.shape_channels)}
-        sizes |= {name: (1, channels) for name, channels in POSES.items()}
-        sizes |= {"translation_scale": (1, 1)} if config.translation_scale else {}
+        widths = POSES | (OPTIONAL_POSES if config.translation_scale else {})
+        sizes |= {name: (1, channels) for name, channels in widths.items()}
         return dict(sorted(sizes.items()))
 
     # --- inputs -----------------------------------------------------------------------------------------------------

@@ -12,9 +12,10 @@ from scene_samples import COND_CHANNELS, change_metadata, change_tensors, make_s
 from torch.utils.data import DataLoader, default_collate
 
 import data_prep.scenes.dataset
+from backlot.modalities import POSES
 from backlot.samples import SampleKey
 from data_prep.scenes.dataset import SceneDataset
-from data_prep.scenes.format import CONDITIONS, POSES, read_tensors, write_scene
+from data_prep.scenes.format import CONDITIONS, read_tensors, write_scene
 from pipelines.shortcut_scene import PoseCodec
 
 # Scene i has 2 + i % 3 objects: 2, 3, 4, 2, 3, 4.

@@ -11,10 +11,9 @@ import pytest
 import torch
 from scene_samples import change_metadata, change_tensors, make_scene, write_scenes
 
+from backlot.modalities import POSES
 from data_prep.scenes.format import (
     CONDITIONS,
-    MODALITIES,
-    POSES,
     check_scene,
     pack_occupancy,
     read_metadata,
@@ -43,13 +42,6 @@ def assert_same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -
 
 
 # --- what is read ---------------------------------------------------------------------------------------------------
-
-
-def test_the_codec_knows_the_same_modalities():
-    from pipelines.shortcut_scene import codec
-
-    assert set(MODALITIES) == set(codec.MODALITIES)
-    assert POSES == codec.POSES
 
 
 @pytest.mark.parametrize("format", ["safetensors", "pt"])

@@ -17,12 +17,12 @@ from runs import ROOT
 from scene_samples import change_metadata, change_tensors, make_scene, write_scenes
 
 from backlot.latent_cache import vae_fingerprint
+from backlot.modalities import POSES
 from data_prep.scenes.__main__ import main
 from data_prep.scenes.check import print_stats, verify
 from data_prep.scenes.dataset import SceneDataset
 from data_prep.scenes.encode import compute_stats, encode_scenes
 from data_prep.scenes.format import (
-    POSES,
     pack_occupancy,
     read_metadata,
     read_scene,
