@@ -35,13 +35,15 @@ import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import BinaryIO, Protocol, SupportsInt
+from typing import Annotated, BinaryIO, Protocol, SupportsInt
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 from torch.utils.data import Dataset
 
+from backlot.metadata import Metadata, between, describe_errors
 from backlot.pictures import BAD_IMAGE_ERRORS, EXHAUSTED, MAX_PIXELS, fit_object, fit_square, object_pixels
 from backlot.samples import SampleKey, is_validation
 
@@ -92,47 +94,53 @@ class Sample:
     shadow: np.ndarray
 
 
+Size = Annotated[float, between(*SIZE_RANGE)]
+Text = Annotated[str, Field(min_length=1)]
+
+
+class ShadowMetadata(Metadata):
+    """What a format says of one sample; the size under one of three names."""
+
+    theta: Annotated[float, between(*THETA_RANGE)]
+    phi: float
+    size: Size = None
+    light_size: Size = None
+    s: Size = None
+    object_id: Annotated[Text | None, BeforeValidator(lambda value: str(value) if type(value) is int else value)] = None
+    track: Text | None = None
+    family: Text | None = None
+    clipped: bool | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> ShadowMetadata:
+        if not self.sizes:
+            raise ValueError("has no `size`")
+        if len(set(self.sizes.values())) > 1:
+            given = ", ".join(f"`{name}` {value:g}" for name, value in self.sizes.items())
+            raise ValueError(f"gives several sizes: {given}")
+        return self
+
+    @property
+    def sizes(self) -> dict[str, float]:
+        """What is given under the names of the size."""
+        return {name: getattr(self, name) for name in SIZE_NAMES if name in self.model_fields_set}
+
+
 def read_labels(metadata: object) -> Labels:
     """Check the metadata of one sample; ValueError, one line naming the field, for anything missing or out of range."""
-    if not isinstance(metadata, dict):
-        raise ValueError("its metadata is not a JSON object")
-    sizes = {name: read_number(metadata, name, SIZE_RANGE) for name in SIZE_NAMES if name in metadata}
-    if not sizes:
-        raise ValueError("`size` is missing from its metadata")
-    if len(set(sizes.values())) > 1:
-        given = ", ".join(f"`{name}` {value:g}" for name, value in sizes.items())
-        raise ValueError(f"its metadata gives several sizes: {given}")
-    object_id = metadata.get("object_id")
-    if isinstance(object_id, int) and not isinstance(object_id, bool):
-        object_id = str(object_id)
-    texts = {"object_id": object_id, "track": metadata.get("track"), "family": metadata.get("family")}
-    for name, value in texts.items():
-        if value is not None and (not isinstance(value, str) or not value):
-            raise ValueError(f"`{name}` must be a text, got {value!r}")
-    clipped = metadata.get("clipped")
-    if clipped is not None and not isinstance(clipped, bool):
-        raise ValueError(f"`clipped` must be true or false, got {clipped!r}")
-    theta = read_number(metadata, "theta", THETA_RANGE)
-    phi = wrap_degrees(read_number(metadata, "phi", None))
-    return Labels(theta, phi, next(iter(sizes.values())), **texts, clipped=clipped)
-
-
-def read_number(metadata: dict, name: str, limits: tuple[float, float] | None) -> float:
-    """A finite number of the metadata within `limits`; ValueError names the field."""
-    if name not in metadata:
-        raise ValueError(f"`{name}` is missing from its metadata")
-    value = metadata[name]
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError(f"`{name}` must be a number, got {value!r}")
     try:
-        number = float(value)
-    except OverflowError:  # an integer of more than 308 digits
-        number = math.inf
-    if not math.isfinite(number):
-        raise ValueError(f"`{name}` must be finite, got {number}")
-    if limits is not None and not limits[0] <= number <= limits[1]:
-        raise ValueError(f"`{name}` must be in [{limits[0]}, {limits[1]}], got {number:g}")
-    return number
+        known = ShadowMetadata.model_validate(metadata)
+    except ValidationError as error:
+        raise ValueError(describe_errors(error, "its metadata")[0]) from None
+    return Labels(
+        known.theta,
+        wrap_degrees(known.phi),
+        next(iter(known.sizes.values())),
+        object_id=known.object_id,
+        track=known.track,
+        family=known.family,
+        clipped=known.clipped,
+    )
 
 
 def wrap_degrees(phi: float) -> float:
