@@ -8,13 +8,14 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers import AutoencoderKL, DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image, ImageColor
 from torch import Tensor
 
 from backlot.codecs import PixelCodec, vae_scale_factor
+from backlot.loading import ExportedPipeline
 from backlot.pictures import fit_object, object_pixels, place_in_square
 from pipelines.shadow_sdxl.light import check_light
 from pipelines.shadow_sdxl.unet import NUM_TIMESTEPS, ShadowUNet
@@ -29,7 +30,7 @@ class ShadowSDXLPipelineOutput(BaseOutput):
     images: list[Image.Image] | np.ndarray | Tensor
 
 
-class ShadowSDXLPipeline(DiffusionPipeline):
+class ShadowSDXLPipeline(ExportedPipeline):
     """Casts the shadow of an object for any light (arXiv 2412.11972).
 
     Args:

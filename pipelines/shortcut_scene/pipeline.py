@@ -12,13 +12,14 @@ from pathlib import Path
 import numpy as np
 import torch
 import trimesh
-from diffusers import DiffusionPipeline, FlowMapEulerDiscreteScheduler
+from diffusers import FlowMapEulerDiscreteScheduler
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from torch import Tensor
 from transformers import BaseImageProcessor, PreTrainedModel
 
+from backlot.loading import ExportedPipeline
 from backlot.modalities import OPTIONAL_POSES, POSES
 from backlot.pictures import image_grid
 from backlot.rendering import object_color, render_scene
@@ -66,7 +67,7 @@ class ShortcutScenePipelineOutput(BaseOutput):
     poses: list[list[dict[str, np.ndarray]]]
 
 
-class ShortcutScenePipeline(DiffusionPipeline):
+class ShortcutScenePipeline(ExportedPipeline):
     """Samples a trained `SceneShortcutTransformer`.
 
     Args:
