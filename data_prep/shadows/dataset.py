@@ -43,6 +43,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 from torch.utils.data import Dataset
 
+from backlot.fingerprint import fingerprint
 from backlot.metadata import Metadata, between, describe_errors
 from backlot.pictures import BAD_IMAGE_ERRORS, EXHAUSTED, MAX_PIXELS, fit_object, fit_square, object_pixels
 from backlot.samples import SampleKey, is_validation
@@ -544,12 +545,16 @@ class ShadowDataset(Dataset):
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """sha256 over what makes the items, without reading pictures: stems, lights, sizes of the files, settings."""
-        digest = hashlib.sha256(repr((self.picture_size, float(self.fill))).encode())
-        for row, stem, light in zip(self._rows, self.stems, self.lights, strict=True):
-            sizes = [self._source.file_size(row, kind) for kind in KINDS]
-            digest.update(repr((stem, light, sizes)).encode())
-        return digest.hexdigest()
+        """Of stems, lights and sizes of the files, without reading pictures."""
+        return fingerprint(
+            (stem, light, *(self._source.file_size(row, kind) for kind in KINDS))
+            for row, stem, light in zip(self._rows, self.stems, self.lights, strict=True)
+        )
+
+    @property
+    def item_fingerprint(self) -> str:
+        """Of the data and of the settings that make pictures of them, which a cache of these depends on."""
+        return fingerprint([self.fingerprint, self.picture_size, float(self.fill)])
 
     def __len__(self) -> int:
         return len(self._rows)
