@@ -9,8 +9,8 @@ A folder:
 
 or a tar file, or a folder of them (at any depth), with the members `<stem>.image.png`, `<stem>.mask.png`,
 `<stem>.shadow.png` and `<stem>.metadata.json`. The public benchmark is of this kind: its stems begin with the name of
-a track, `softness_control` or `direction_control_...`. Tars are never unpacked: their members are found once and then
-read where they lie.
+a track, `softness_control` or `direction_control_...`. Tars are never unpacked: their members are found once, which an
+index beside each tar remembers (`backlot/tar_index.py`), and then read where they lie.
 
 Metadata: theta in degrees from the zenith, 0..45; phi in degrees, 0 = light from the right, taken modulo 360; size =
 side of the square light, 2..8 (also `light_size` or `s`; a key `r` is the radius of the light's sphere and never the
@@ -31,11 +31,9 @@ import json
 import math
 import os
 import re
-import tarfile
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, BinaryIO, Protocol, SupportsInt
+from typing import Annotated, Protocol, SupportsInt
 
 import numpy as np
 import torch
@@ -47,6 +45,7 @@ from backlot.fingerprint import fingerprint
 from backlot.metadata import Metadata, between, describe_errors
 from backlot.pictures import BAD_IMAGE_ERRORS, EXHAUSTED, MAX_PIXELS, fit_object, fit_square, object_pixels
 from backlot.samples import SampleKey, is_validation
+from backlot.tar_index import TarIndex
 
 SPLITS = ("train", "validation", "all")
 THETA_RANGE = (0, 45)
@@ -114,17 +113,13 @@ class ShadowMetadata(Metadata):
 
     @model_validator(mode="after")
     def _check(self) -> ShadowMetadata:
-        if not self.sizes:
+        sizes = {name: getattr(self, name) for name in SIZE_NAMES if getattr(self, name) is not None}
+        if not sizes:
             raise ValueError("has no `size`")
-        if len(set(self.sizes.values())) > 1:
-            given = ", ".join(f"`{name}` {value:g}" for name, value in self.sizes.items())
+        if len(set(sizes.values())) > 1:
+            given = ", ".join(f"`{name}` {value:g}" for name, value in sizes.items())
             raise ValueError(f"gives several sizes: {given}")
         return self
-
-    @property
-    def sizes(self) -> dict[str, float]:
-        """What is given under the names of the size."""
-        return {name: getattr(self, name) for name in SIZE_NAMES if name in self.model_fields_set}
 
 
 def read_labels(metadata: object) -> Labels:
@@ -136,7 +131,7 @@ def read_labels(metadata: object) -> Labels:
     return Labels(
         known.theta,
         wrap_degrees(known.phi),
-        next(iter(known.sizes.values())),
+        known.size or known.light_size or known.s,
         object_id=known.object_id,
         track=known.track,
         family=known.family,
@@ -250,16 +245,15 @@ def open_source(path: str | Path) -> ShadowSource:
     """
     path = Path(path)
     if path.is_file():
-        return TarSource(path, [path])
+        return TarSource(path)
     if not path.is_dir():
         raise ValueError(f"`path` must be a folder or a tar file of shadow data, {path} does not exist")
     if (path / METADATA_NAME).exists() or any((path / folder).is_dir() for folder in FOLDERS.values()):
         return FolderSource(path)
-    tars = sorted(file for file in path.rglob("*.tar") if not file.name.startswith("."))
-    if not tars:
+    if next(path.rglob("*.tar"), None) is None:
         folders = ", ".join(f"{folder}/" for folder in FOLDERS.values())
         raise ValueError(f"{path} holds no shadow data: neither {METADATA_NAME} beside {folders} nor .tar files")
-    return TarSource(path, tars)
+    return TarSource(path)
 
 
 def load_sample(source: ShadowSource, row: int, fill: float = FILL) -> Sample:
@@ -288,19 +282,22 @@ def find_track(labels: Labels, name: str) -> Labels:
     return labels if labels.track or match is None else replace(labels, track=match[1])
 
 
+def without_repeats(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """A JSON object; KeyError for a key that is there twice."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        raise KeyError(next(name for index, (name, _) in enumerate(pairs) if name in dict(pairs[:index])))
+    return values
+
+
+DECODER = json.JSONDecoder(object_pairs_hook=without_repeats)
+
+
 def parse_json(data: bytes, what: str) -> object:
     """JSON without repeated keys; ValueError, beginning with `what`, for anything else."""
 
-    def without_repeats(pairs: list[tuple[str, object]]) -> dict[str, object]:
-        values = {}
-        for name, value in pairs:
-            if name in values:
-                raise KeyError(name)
-            values[name] = value
-        return values
-
     try:
-        return json.loads(data, object_pairs_hook=without_repeats)
+        return DECODER.decode(data.decode())
     except KeyError as error:
         raise ValueError(f"{what} is damaged: the key {error} is there twice") from None
     except (ValueError, RecursionError) as error:
@@ -366,84 +363,60 @@ def files_by_stem(folder: Path, suffixes: tuple[str, ...]) -> dict[str, list[str
 class TarSource:
     """Samples in tar files; a stem is the name of a member up to `.image`, `.mask`, `.shadow` or `.metadata`."""
 
-    def __init__(self, path: Path, tars: list[Path]) -> None:
+    def __init__(self, path: Path) -> None:
         self.path = path
-        self.problems: dict[str, str] = {}
-        self._tars = tars
-        self._files: dict[int, BinaryIO] = {}
-        self._pid = os.getpid()
-        places: dict[str, dict[str, tuple[int, int, int]]] = {}
-        for number, tar in enumerate(tars):
-            for stem, kind, offset, size in self._members(number):
-                known = places.setdefault(stem, {})
-                if kind in known:
-                    where = sorted({tars[known[kind][0]].name, tar.name})
-                    self.problems.setdefault(stem, f"its {MEMBERS[kind]} is there twice ({', '.join(where)})")
-                known[kind] = (number, offset, size)
-        self.stems = sorted(places)
-        self.labels: list[Labels | None] = []
-        # An array: a list of a million tuples would be copied into every loader worker.
-        self._places = np.zeros((len(self.stems), len(KINDS), 3), np.int64)
-        for row, stem in enumerate(self.stems):
-            self.labels.append(self._read_labels(stem, places[stem]))
-            for column, kind in enumerate(KINDS):
-                self._places[row, column] = places[stem].get(kind, (0, 0, 0))
+        self._index = TarIndex.open(path, keep=(f".{MEMBERS['metadata']}.json",))
+        self.problems = self._index.problems
+        # the name of a tar and of its folder may be a track's, too
+        self._places = [tar.relative_to(path.parent).as_posix() for tar in self._index.tars]
+        found = self._find_files()
+        self.stems = sorted(found)
+        self.labels = [self._read_labels(stem, found[stem]) for stem in self.stems]
+        # An array: a list of a million dicts would be copied into every loader worker.
+        self._rows = np.array([[found[stem].get(kind, 0) for kind in KINDS] for stem in self.stems], np.int64)
 
-    def _members(self, number: int) -> Iterator[tuple[str, str, int, int]]:
-        """Stem, kind, offset and size of the samples' files in one tar."""
-        tar = self._tars[number]
-        try:
-            with tarfile.open(tar, "r:") as archive:
-                for member in archive:
-                    folder, _, name = member.name.removeprefix("./").rpartition("/")
-                    match = MEMBER.fullmatch(name)
-                    if match is None or name.startswith(".") or not member.isreg() or member.issparse():
-                        continue
-                    kind = next(kind for kind, name in MEMBERS.items() if name == match["kind"])
-                    if match["suffix"] in SUFFIXES.get(kind, (".json",)):
-                        stem = f"{folder}/{match['stem']}" if folder else match["stem"]
-                        yield stem, kind, member.offset_data, member.size
-                # tarfile takes a damaged header, and a file that was cut between members, for the end.
-                archive.fileobj.seek(archive.offset)
-                if archive.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-                    raise tarfile.ReadError(f"damaged or cut off at byte {archive.offset}")
-        except tarfile.TarError as error:
-            self.problems[tar.name] = f"it is not a complete, uncompressed tar file ({error})"
+    def _find_files(self) -> dict[str, dict[str, int]]:
+        """Rows of the index by stem and kind; what is there twice is a problem."""
+        kind_of = {name: kind for kind, name in MEMBERS.items()}
+        found: dict[str, dict[str, int]] = {}
+        for row, path in enumerate(self._index.names):
+            folder, _, name = path.rpartition("/")
+            match = MEMBER.fullmatch(name)
+            if match is None or name.startswith("."):
+                continue
+            kind = kind_of[match["kind"]]
+            if match["suffix"] not in SUFFIXES.get(kind, (".json",)):
+                continue
+            stem = f"{folder}/{match['stem']}" if folder else match["stem"]
+            known = found.setdefault(stem, {})
+            if kind in known:
+                where = sorted({self._tar(known[kind]).name, self._tar(row).name})
+                self.problems.setdefault(stem, f"its {MEMBERS[kind]} is there twice ({', '.join(where)})")
+            known[kind] = row
+        return found
 
-    def _read_labels(self, stem: str, places: dict[str, tuple[int, int, int]]) -> Labels | None:
+    def _tar(self, row: int) -> Path:
+        return self._index.tars[self._index.tar_numbers[row]]
+
+    def _read_labels(self, stem: str, rows: dict[str, int]) -> Labels | None:
         """The labels of a sample; None, and an entry in `problems`, if there are no good ones."""
-        missing = [f"{stem}.{name}" for kind, name in MEMBERS.items() if kind not in places]
+        missing = [f"{stem}.{name}" for kind, name in MEMBERS.items() if kind not in rows]
         if missing:
             self.problems.setdefault(stem, f"{' and '.join(missing)} missing")
         if stem in self.problems:
             return None
-        number, offset, size = places["metadata"]
-        tar = self._tars[number].relative_to(self.path.parent)  # its name and its folder's may be a track's too
         try:
-            metadata = parse_json(self._pread(number, offset, size), "its metadata")
-            return find_track(read_labels(metadata), f"{tar.as_posix()}/{stem}")
+            labels = read_labels(parse_json(self._index.read(rows["metadata"]), "its metadata"))
         except ValueError as error:
             self.problems[stem] = str(error)
             return None
+        return find_track(labels, f"{self._places[self._index.tar_numbers[rows['metadata']]]}/{stem}")
 
     def read(self, row: int, kind: str) -> bytes:
-        return self._pread(*self._places[row, KINDS.index(kind)].tolist())
+        return self._index.read(self._rows[row, KINDS.index(kind)])
 
     def file_size(self, row: int, kind: str) -> int:
-        return int(self._places[row, KINDS.index(kind), 2])
-
-    def _pread(self, number: int, offset: int, size: int) -> bytes:
-        if self._pid != os.getpid():  # a forked worker
-            self._files, self._pid = {}, os.getpid()
-        if number not in self._files:
-            self._files[number] = self._tars[number].open("rb")
-        data = os.pread(self._files[number].fileno(), size, offset)
-        if len(data) < size:
-            raise ValueError(f"{self._tars[number].name} ends in the middle of it")
-        return data
-
-    def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_files": {}}  # open files do not travel to a spawned worker
+        return int(self._index.sizes[self._rows[row, KINDS.index(kind)]])
 
 
 # --- the dataset ----------------------------------------------------------------------------------------------------
