@@ -7,12 +7,11 @@ from typing import ClassVar, Literal
 from pydantic import Field, TypeAdapter, model_validator
 
 from backlot.config import Section
+from backlot.modalities import MODALITIES
 
 Objective = Literal[
     "shortcut", "flow_matching", "progressive", "consistency", "consistency_distillation", "live_reflow"
 ]
-
-SCENE_MODALITIES = ("6drotation_normalized", "scale", "shape", "translation", "translation_scale")
 
 # A preset fills these keys; keys given beside it win. `mixture` is the set of class defaults below.
 PRESETS = {
@@ -243,9 +242,9 @@ class SceneObjectiveConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> SceneObjectiveConfig:
         for key, names in (("loss_weights", self.loss_weights), ("cfg_modalities", self.cfg_modalities)):
-            unknown = sorted(set(names) - set(SCENE_MODALITIES))
+            unknown = sorted(set(names) - set(MODALITIES))
             if unknown:
-                raise ValueError(f"`{key}` names {', '.join(unknown)}; modalities are {', '.join(SCENE_MODALITIES)}")
+                raise ValueError(f"`{key}` names {', '.join(unknown)}; modalities are {', '.join(MODALITIES)}")
         if self.independent_t and self.mode == "object":
             raise ValueError("`independent_t` is for mode scene: an object alone has a time of its own anyway")
         if self.pairing == "hungarian" and self.mode == "object":

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from backlot.pictures import image_grid
-from data_prep.shadows.dataset import SIZE_RANGE, THETA_RANGE, Labels, Sample, fit_square, load_sample, open_source
+from data_prep.shadows.dataset import SIZE_RANGE, THETA_RANGE, Labels, Sample, fit_sample, load_sample, open_source
 
 # A pixel above the first belongs to the shadow; a shadow above the second at the border is cut off by it.
 SHADOW_LEVEL, BORDER_LEVEL = 0.02, 0.1
@@ -115,7 +115,7 @@ def contact_sheet(findings: Findings, good: list[Finding], num_samples: int, ima
     chosen = [good[i * len(good) // num_samples] for i in range(num_samples)] if len(good) > num_samples else good
     rows, labels = [], []
     for finding in chosen:
-        sample = fit_square(load_sample(findings.source, finding.row), image_size)
+        sample = fit_sample(load_sample(findings.source, finding.row), image_size)
         pictures = [sample.object_image, sample.mask, sample.shadow, composite(sample)]
         rows.append([Image.fromarray(np.rint(picture * 255).astype(np.uint8)) for picture in pictures])
         light = finding.labels

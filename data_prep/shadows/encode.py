@@ -118,7 +118,7 @@ def encode_shadows(
         mean_only=True,
         flip=True,
         shard_size=shard_size,
-        dataset_fingerprint=dataset.fingerprint,
+        dataset_fingerprint=dataset.item_fingerprint,
     )
 
     def encode(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

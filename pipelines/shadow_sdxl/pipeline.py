@@ -8,13 +8,15 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers import AutoencoderKL, DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image, ImageColor
 from torch import Tensor
 
 from backlot.codecs import PixelCodec, vae_scale_factor
+from backlot.loading import ExportedPipeline
+from backlot.pictures import fit_object, object_pixels, place_in_square
 from pipelines.shadow_sdxl.light import check_light
 from pipelines.shadow_sdxl.unet import NUM_TIMESTEPS, ShadowUNet
 
@@ -28,7 +30,7 @@ class ShadowSDXLPipelineOutput(BaseOutput):
     images: list[Image.Image] | np.ndarray | Tensor
 
 
-class ShadowSDXLPipeline(DiffusionPipeline):
+class ShadowSDXLPipeline(ExportedPipeline):
     """Casts the shadow of an object for any light (arXiv 2412.11972).
 
     Args:
@@ -292,14 +294,12 @@ class Picture:
 
     def restore(self, shadow: Tensor) -> Tensor:
         """A map (1, 1, R, R) of the square -> (1, 1, H, W) of the original picture."""
-        width, height = self.size
-        side = max(width, height)
-        if shadow.shape[-1] != side:
-            shadow = torch.nn.functional.interpolate(
-                shadow, (side, side), mode="bilinear", antialias=shadow.shape[-1] > side
-            )
-        left, top = (side - width) // 2, (side - height) // 2
-        return shadow[..., top : top + height, left : left + width]
+        left, top, width, height = place_in_square(*self.size, shadow.shape[-1])
+        shadow = shadow[..., top : top + height, left : left + width]
+        if (width, height) != self.size:
+            reduces = max(width, height) > max(self.size)
+            shadow = torch.nn.functional.interpolate(shadow, self.size[::-1], mode="bilinear", antialias=reduces)
+        return shadow
 
 
 def prepare(image: Image.Image | Tensor, mask: Image.Image | Tensor | None, resolution: int, fill: float) -> Picture:
@@ -307,18 +307,10 @@ def prepare(image: Image.Image | Tensor, mask: Image.Image | Tensor | None, reso
     if isinstance(image, Tensor):
         return Picture(image.float(), mask.float(), (resolution, resolution))
     mask = find_mask(image) if mask is None else mask.convert("L")
-    alpha = np.array(mask, np.float32)[..., None] / 255
-    pixels = alpha * np.array(image.convert("RGB"), np.float32) / 255 + (1 - alpha) * fill
-    side = max(image.size)
-    left, top = (side - image.width) // 2, (side - image.height) // 2
-    square = np.full((side, side, 4), [fill, fill, fill, 0], np.float32)
-    square[top : top + image.height, left : left + image.width] = np.concatenate([pixels, alpha], axis=2)
-    channels = [Image.fromarray(channel) for channel in square.transpose(2, 0, 1)]
-    if side != resolution:
-        filters = [Image.Resampling.LANCZOS] * 3 + [Image.Resampling.BOX]
-        channels = [x.resize((resolution, resolution), how) for x, how in zip(channels, filters, strict=True)]
-    values = torch.from_numpy(np.stack(channels)).clamp(0, 1)
-    return Picture(values[:3] * 2 - 1, values[3:], image.size)
+    pixels, alpha = object_pixels(image, mask, fill), np.asarray(mask, np.float32) / 255
+    pixels, alpha = fit_object(pixels, alpha, resolution, fill)
+    pixel_values = torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+    return Picture(pixel_values.mul_(2).sub_(1), torch.from_numpy(alpha)[None], image.size)
 
 
 def find_mask(image: Image.Image) -> Image.Image:

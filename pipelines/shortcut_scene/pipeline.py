@@ -12,16 +12,18 @@ from pathlib import Path
 import numpy as np
 import torch
 import trimesh
-from diffusers import DiffusionPipeline, FlowMapEulerDiscreteScheduler
+from diffusers import FlowMapEulerDiscreteScheduler
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image
 from torch import Tensor
 from transformers import BaseImageProcessor, PreTrainedModel
 
+from backlot.loading import ExportedPipeline
+from backlot.modalities import OPTIONAL_POSES, POSES
 from backlot.pictures import image_grid
 from backlot.rendering import object_color, render_scene
-from pipelines.shortcut_scene.codec import POSES, PoseCodec, rotation_matrix
+from pipelines.shortcut_scene.codec import PoseCodec, rotation_matrix
 from pipelines.shortcut_scene.inputs import (
     Sample,
     describe,
@@ -65,7 +67,7 @@ class ShortcutScenePipelineOutput(BaseOutput):
     poses: list[list[dict[str, np.ndarray]]]
 
 
-class ShortcutScenePipeline(DiffusionPipeline):
+class ShortcutScenePipeline(ExportedPipeline):
     """Samples a trained `SceneShortcutTransformer`.
 
     Args:
@@ -105,8 +107,8 @@ class ShortcutScenePipeline(DiffusionPipeline):
         """Tokens and channels of each modality, in the order in which their noise is drawn."""
         config = self.transformer.config
         sizes = {"shape": (config.shape_tokens, config.shape_channels)}
-        sizes |= {name: (1, channels) for name, channels in POSES.items()}
-        sizes |= {"translation_scale": (1, 1)} if config.translation_scale else {}
+        widths = POSES | (OPTIONAL_POSES if config.translation_scale else {})
+        sizes |= {name: (1, channels) for name, channels in widths.items()}
         return dict(sorted(sizes.items()))
 
     # --- inputs -----------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from diffusers.utils import BaseOutput
 from torch import Tensor, nn
 
 from backlot.layers import ScalarEmbedder
-from pipelines.shortcut_scene.codec import POSES
+from backlot.modalities import OPTIONAL_POSES, POSES
 from pipelines.shortcut_scene.picture_embedder import POINT_CHANNELS, PictureEmbedder, embed_points
 
 OBJECT_THEN_SCENE = ["object", "scene"]
@@ -119,7 +119,7 @@ class SceneShortcutTransformer(ModelMixin, ConfigMixin):
             raise ValueError(f"`shape_patch_size` {shape_patch_size} does not divide {shape_tokens} tokens as a cube")
 
         width, joined = hidden_size, shape_patch_size**3
-        self.widths = POSES | ({"translation_scale": 1} if translation_scale else {})
+        self.widths = dict(sorted(POSES.items())) | (OPTIONAL_POSES if translation_scale else {})
         self.shape_in, self.shape_out = (
             nn.Linear(joined * shape_channels, width),
             nn.Linear(width, joined * shape_channels),

@@ -17,12 +17,12 @@ from runs import ROOT
 from scene_samples import change_metadata, change_tensors, make_scene, write_scenes
 
 from backlot.latent_cache import vae_fingerprint
+from backlot.modalities import POSES
 from data_prep.scenes.__main__ import main
 from data_prep.scenes.check import print_stats, verify
 from data_prep.scenes.dataset import SceneDataset
 from data_prep.scenes.encode import compute_stats, encode_scenes
 from data_prep.scenes.format import (
-    POSES,
     pack_occupancy,
     read_metadata,
     read_scene,
@@ -343,7 +343,7 @@ def test_all_bad_scenes_are_listed_at_once(tmp_path):
         r"'0004' of .*: latents: shape of object 0, 1, 2 is NaN or infinite",
         r"'0005' of .*: neither latents nor shapes are there",
         r"'0006' of .*: metadata.json is damaged: not JSON",
-        r"'0007' of .*: `num_objects` of metadata.json is 2, the tensors have 3",
+        r"'0007' of .*: `num_objects` of metadata.json must fit the 3 objects of the tensors, got 2",
         r"'0008' of .*: its frame is camera, in scene '0000' it is floor",
         r"'0009' of .*: its tokens x channels of shape is \[5, 3\], in scene '0000' it is \[4, 3\]",
         r"'0010' of .*: conditionals.safetensors is damaged",

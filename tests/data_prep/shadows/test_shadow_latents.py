@@ -92,7 +92,7 @@ class Dying(Dataset):
 
     def __init__(self, dataset: ShadowDataset, dies_at: int | None = None) -> None:
         self.dataset, self.dies_at, self.rows = dataset, dies_at, []
-        self.fingerprint, self.split = dataset.fingerprint, dataset.split
+        self.item_fingerprint, self.split = dataset.item_fingerprint, dataset.split
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -385,6 +385,6 @@ def test_the_manifest_names_its_source(finished, vae_folder, dataset):
     assert (manifest.dataset_name, manifest.split, manifest.image_size) == ("shadows", "all", SIZE)
     assert (manifest.vae_fingerprint, manifest.dataset_fingerprint) == (
         vae_fingerprint(vae_folder),
-        dataset.fingerprint,
+        dataset.item_fingerprint,
     )
     assert json.loads((finished / "manifest.json").read_text())["flip"] is True
