@@ -321,6 +321,7 @@ def command(out: Path, *flags: object) -> list[str]:
 
 def refuse(capsys: pytest.CaptureFixture, message: str, out: Path, *flags: object) -> None:
     """The command ends with exit code 2 and one line on stderr."""
+    capsys.readouterr()
     with pytest.raises(SystemExit, match="2"):
         main(command(out, *flags))
     (line,) = capsys.readouterr().err.splitlines()
