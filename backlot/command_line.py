@@ -80,7 +80,7 @@ def parse(settings_class: type[S], argv: list[str] | None, program: str, descrip
         program: as it is started, for the usage.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
-    parser = Parser(prog=program, description=inspect.cleandoc(description).replace("%", "%%"))
+    parser = Parser(prog=program, description=inspect.cleandoc(description))
     actions = [action for name, field in settings_class.model_fields.items() for action in _add(parser, name, field)]
     if {"-h", "--help"} & set(argv):
         parser.print_help()
@@ -174,7 +174,7 @@ def _explain(detail: dict, settings_class: type[BaseModel]) -> str:
         return f"{key} is required"
     value = detail["input"]
     value = " ".join(map(str, value)) if isinstance(value, list | tuple) else value
-    return f"{key} {value}: {message[0].lower()}{message[1:]}"
+    return " ".join(f"{key} {value}: {message[0].lower()}{message[1:]}".split())
 
 
 def _explain_unknown(arguments: list[str], flags: list[str]) -> list[str]:

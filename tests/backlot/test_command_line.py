@@ -41,7 +41,7 @@ class Example(Section):
 
 
 def read(*argv: str) -> Example:
-    return parse(Example, list(argv), "python -m example", "An example.\n\n    python -m example DIR\n\nIts end.")
+    return parse(Example, list(argv), "python -m example", "An example.\n\n    python -m example DIR\n\nIts 5 %.")
 
 
 def refused(capsys, *argv: str) -> list[str]:
@@ -107,6 +107,7 @@ def test_help_tells_what_is_needed_and_what_is_default(capsys):
     text = capsys.readouterr().out
     assert " --name NAME " in text.partition("options:")[0]  # without brackets: it must be given
     assert "\n    python -m example DIR\n" in text
+    assert "Its 5 %.\n" in text
     for line in ("what is read; 100 % of it", "counts [1 4]", "--kind {plain,striped}", "share [0.5]", "--no_flip"):
         assert line in text
 
