@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
@@ -28,6 +28,8 @@ class TrainingConfig(Section):
 
     learning_rate: float = Field(1e-4, gt=0)
     """Peak learning rate; not scaled by batch size or process count."""
+    learning_rate_factors: dict[str, Annotated[float, Field(gt=0)]] = {}
+    """Factors on it for parameters whose names begin with a prefix, {"encoder.": 0.1}; the longest prefix rules."""
     lr_scheduler: Literal[
         "constant",
         "constant_with_warmup",
