@@ -160,7 +160,7 @@ def test_going_on_from_a_trained_vae(tmp_path, data):
 @pytest.mark.parametrize("setting", ["gradient_checkpointing=true", "mixed_precision=bf16"])
 def test_memory_can_be_saved(tmp_path, data, setting):
     """Recomputed activations change nothing; bfloat16 little."""
-    # Latents of side 4: where it is 2, the weight gradient of a bf16 Conv3d on CPUs with AVX-512 holds what memory held.
+    # Latents of side 4: at 2 the weight gradient of a bf16 Conv3d on CPUs with AVX-512 holds what the memory held.
     shape = [*data, "--model.patch_size=1"]
     train(tmp_path / "plain", *shape, max_train_steps=2, logging_steps=1)
     train(tmp_path / "saving", *shape, f"--training.{setting}", VALIDATED, max_train_steps=2, logging_steps=1)

@@ -7,18 +7,30 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 
 from backlot.command_line import EXIT_CRASH, EXIT_RESUME
 from trainers.common.loader import abandon_workers
-from trainers.common.signals import StopRequested
-
-if TYPE_CHECKING:
-    from trainers.common.run import TrainingRun
+from trainers.common.processes import Processes
+from trainers.common.run_dir import RunFolder
+from trainers.common.signals import StopRequested, StopSignal
 
 logger = logging.getLogger(__name__)
+
+
+class Savable(Protocol):
+    """What a rescue needs of a `TrainingRun`."""
+
+    step: int
+    is_sharded: bool
+    is_measuring: bool
+    stop: StopSignal
+    processes: Processes
+    folder: RunFolder
+
+    def save_checkpoint(self, alone: bool = False) -> None: ...
 
 
 class Rescue:
@@ -28,7 +40,7 @@ class Rescue:
     complete update is written, by the main process alone, because the others may be anywhere.
     """
 
-    def __init__(self, run: TrainingRun):
+    def __init__(self, run: Savable):
         self.run = run
         self._is_sound = True
 

@@ -5,22 +5,49 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
+from accelerate import Accelerator
 from diffusers import ModelMixin
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import default_collate
 
 from backlot.samples import SampleKey
-from trainers.common.signals import StopRequested
-
-if TYPE_CHECKING:
-    from trainers.common.run import TrainingRun
+from trainers.common.precision import Precision
+from trainers.common.processes import Processes
+from trainers.common.rescue import Rescue
+from trainers.common.signals import StopRequested, StopSignal
 
 Measured = tuple[dict[str, float], dict[str, Image.Image]]
 logger = logging.getLogger(__name__)
+
+
+class Measurable(Protocol):
+    """What validation needs of a `TrainingRun`."""
+
+    step: int
+    is_sharded: bool
+    is_measuring: bool
+    inference_model: ModelMixin
+    accelerator: Accelerator
+    processes: Processes
+    stop: StopSignal
+    precision: Precision
+    rescue: Rescue
+
+    def is_due(self, every: int | None) -> bool: ...
+
+    def applied_average(self) -> AbstractContextManager: ...
+
+    def keep_best(self, score: float) -> None: ...
+
+    def log(self, scalars: dict[str, float], pictures: dict[str, Image.Image]) -> None: ...
+
+    def end_early(self) -> None: ...
+
+    def restart_clock(self) -> None: ...
 
 
 class Validation:
@@ -37,7 +64,7 @@ class Validation:
 
     def __init__(
         self,
-        run: TrainingRun,
+        run: Measurable,
         every: int | None,
         function: Callable[[ModelMixin], Measured],
         score: Callable[[dict[str, float]], float] | None,

@@ -126,16 +126,16 @@ def test_a_broken_tracker_never_stops_or_slows_a_run(tmp_path, monkeypatch, capl
     monkeypatch.setitem(tracking.TRACKERS, "wandb", broken)
     monkeypatch.setitem(tracking.TRACKERS, "tensorboard", Recorder)
     began = time.monotonic()
-    runs.train(tmp_path, max_train_steps=4, logging_steps=1, report_to=["wandb", "tensorboard"])
+    runs.train(tmp_path / "run", max_train_steps=4, logging_steps=1, report_to=["wandb", "tensorboard"])
     assert time.monotonic() - began < 10
-    assert row_steps(tmp_path) == [1, 2, 3, 4]
+    assert row_steps(tmp_path / "run") == [1, 2, 3, 4]
     assert f"tracker-{broken.__name__}" in caplog.text
     assert ("hangs" in caplog.text) == broken.__name__.startswith("Hangs")
     # the other one got everything, in a thread of its own
     assert [row[0] for row in Recorder.rows[:-1]] == [1, 2, 3, 4]
     assert Recorder.rows[-1] == "closed"
     assert Recorder.rows[0][2] is not threading.current_thread()
-    assert (tmp_path / "model_index.json").exists()
+    assert (tmp_path / "run/model_index.json").exists()
 
 
 def test_logging_does_not_wait_for_a_tracker(tmp_path, monkeypatch, caplog):
