@@ -6,7 +6,9 @@ Light on purpose (no torch): a typo is answered before anything heavy is importe
 from __future__ import annotations
 
 import difflib
+import re
 import reprlib
+import stat
 import sys
 from pathlib import Path
 from typing import ClassVar, TypeVar
@@ -17,7 +19,12 @@ from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, Settings
 
 from backlot.command_line import EXIT_INPUT
 
-MAX_FILE_BYTES = 1_000_000
+MAX_FILE_BYTES = 100_000
+MAX_VALUES = 5_000
+"""In one file, after its YAML aliases are written out."""
+MAX_DEPTH = 20
+MAX_PROBLEMS = 50
+"""So many are explained; the rest are counted."""
 
 
 class Section(BaseModel):
@@ -63,7 +70,10 @@ def load_config(config_class: type[ConfigT], argv: list[str] | None = None) -> C
     try:
         config = config_class(_cli_parse_args=overrides, **values)
     except ValidationError as error:
-        problems += [_explain(detail, keys) for detail in error.errors()]
+        details = error.errors(include_url=False)
+        problems += [_explain(detail, keys) for detail in details[:MAX_PROBLEMS]]
+        if len(details) > MAX_PROBLEMS:
+            problems.append(f"and {len(details) - MAX_PROBLEMS} more")
     except SettingsError as error:
         problems.append(str(error))
     if problems:
@@ -121,17 +131,88 @@ def _split_arguments(
     return files, overrides, problems
 
 
+class _Loader(yaml.SafeLoader):
+    """The YAML of a configuration: bounded, without tags, each key once and text.
+
+    Decimal numbers, true, false and null are what they are; all else is the text that stands there, `yes`, `no`,
+    `1:30`, `010` and dates too, which YAML 1.1 would turn into something else.
+    """
+
+    yaml_implicit_resolvers: ClassVar[dict] = {}
+
+    def __init__(self, text: str):
+        super().__init__(text)
+        self.depth = self.size = 0
+        self.sizes: dict[int, int] = {}
+
+    def compose_node(self, parent: yaml.Node | None, index: int | yaml.Node | None) -> yaml.Node:
+        event, size_before = self.peek_event(), self.size
+        self.depth += 1
+        self.size += 1
+        is_alias = isinstance(event, yaml.AliasEvent)
+        if self.depth > MAX_DEPTH:
+            raise yaml.MarkedYAMLError(None, None, f"nested deeper than {MAX_DEPTH} levels", event.start_mark)
+        if not is_alias and event.tag:
+            raise yaml.MarkedYAMLError(None, None, "tags (!...) are not understood", event.start_mark)
+        node = super().compose_node(parent, index)
+        if not is_alias:
+            self.sizes[id(node)] = self.size - size_before
+        elif id(node) in self.sizes:
+            self.size += self.sizes[id(node)]
+        else:
+            raise yaml.MarkedYAMLError(None, None, f"*{event.anchor} stands inside &{event.anchor}", event.start_mark)
+        if self.size > MAX_VALUES:
+            raise yaml.MarkedYAMLError(None, None, f"more than {MAX_VALUES} values", event.start_mark)
+        self.depth -= 1
+        return node
+
+    def compose_mapping_node(self, anchor: str | None) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen = set()
+        for key, _ in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.MarkedYAMLError(None, None, "a key is text", key.start_mark)
+            if key.value in seen:
+                raise yaml.MarkedYAMLError(None, None, f"key {reprlib.repr(key.value)} is given twice", key.start_mark)
+            seen.add(key.value)
+            if key.tag != YAML_TAG + "merge":
+                key.tag = YAML_TAG + "str"
+        return node
+
+
+YAML_TAG = "tag:yaml.org,2002:"
+# Each is a part of what YAML 1.1 reads so: text that `dump_config` writes without quotes stays text.
+for _kind, _pattern, _first in (
+    ("bool", "true|True|TRUE|false|False|FALSE", "tTfF"),
+    ("null", "~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("int", "[-+]?(0|[1-9][0-9_]{0,39})", "-+0123456789"),
+    ("float", r"[-+]?[0-9][0-9_]*\.[0-9_]*([eE][-+][0-9]+)?|\.[0-9][0-9_]*([eE][-+][0-9]+)?", "-+.0123456789"),
+    ("float", r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", "-+."),
+    ("merge", "<<", "<"),
+):
+    _Loader.add_implicit_resolver(YAML_TAG + _kind, re.compile(f"({_pattern})\\Z"), list(_first))
+
+
 def _read_yaml(file: str, problems: list[str]) -> dict:
     path = Path(file)
     try:
-        if path.stat().st_size > MAX_FILE_BYTES:
+        if not stat.S_ISREG(path.stat().st_mode):  # reading a device or a pipe might never end
+            problems.append(f"--config {file}: not a file")
+            return {}
+        with path.open("rb") as stream:
+            content = stream.read(MAX_FILE_BYTES + 1)
+        if len(content) > MAX_FILE_BYTES:
             problems.append(f"{file}: larger than {MAX_FILE_BYTES} bytes, not a configuration")
             return {}
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = _Loader(content.decode("utf-8")).get_single_data()
     except OSError as error:
         problems.append(f"--config {file}: {error.strerror}")
         return {}
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
+    except yaml.MarkedYAMLError as error:
+        line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
+        problems.append(f"{file} is not YAML: {line}{' '.join(error.problem.split())}")
+        return {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         problems.append(f"{file} is not YAML: {' '.join(str(error).split())}")
         return {}
     if not isinstance(values, dict):

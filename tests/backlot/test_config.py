@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import json
+import os
 import subprocess
 import sys
 import time
@@ -146,6 +148,104 @@ def test_an_alias_bomb_is_refused_quickly(capsys, tmp_path, place):
     began = time.monotonic()
     refusal(capsys, "--config", yaml_file(tmp_path, "\n".join(lines)))
     assert time.monotonic() - began < 5
+
+
+# name -> (content of a file, what the refusal says)
+BOMBS = {
+    "merge keys": (
+        "a0: &a0 {x: 1}\n" + "".join(f"a{i}: &a{i} {{<<: [*a{i - 1}, *a{i - 1}]}}\n" for i in range(1, 25)),
+        "more than 5000 values",
+    ),
+    "aliases": (
+        "a0: &a0 [x]\n" + "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 9)),
+        "more than 5000 values",
+    ),
+    "an alias in itself": ("a: &a [*a]", r"*a stands inside &a"),
+    "a chain of aliases": (
+        "a0: &a0 [1]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}]\n" for i in range(1, 2000)),
+        "more than 5000 values",
+    ),
+    "nested lists": ("x: " + "[" * 50_000, "nested deeper than 20 levels"),
+    "nested sections": ("{a: " * 24_000, "nested deeper than 20 levels"),
+    "many values": ("x: [" + "1," * 45_000 + "]", "more than 5000 values"),
+    "many unknown keys": ("\n".join(f"key{i}: 1" for i in range(2400)), "and 2350 more"),
+    "long text": ("x: " + "a" * 200_000, "larger than 100000 bytes"),
+    "an integer of 5,000 digits": ("training: {seed: " + "9" * 5000 + "}", "exceeded maximum size"),
+    "a key twice": ("training: {seed: 1}\ntraining: {seed: 2}\n", "line 2: key 'training' is given twice"),
+    "a list as key": ("[1]: 2", "a key is text"),
+    "a tag": ("x: !!int abc", "tags (!...) are not understood"),
+    "a python tag": ("x: !!python/object/apply:os.system [true]", "tags (!...) are not understood"),
+    "two documents": ("a: 1\n---\nb: 2\n", "another document"),
+    "hours": ("training: {seed: 1:30}", "training.seed = '1:30': input should be a valid integer"),
+    "a date": ("training: {seed: 2001-02-03}", "training.seed = '2001-02-03': input should be a valid integer"),
+    "yes": ("training: {seed: yes}", "training.seed = 'yes': input should be a valid integer"),
+}
+LOOKS_LIKE_MORE = ["no", "1e3", "1:30", "010", "08", "0x1f", "0b1", "2001-02-03", "~", "=", "<<", ".5", "1_0", "*a"]
+DEVICES = {"/dev/zero": "not a file", "/dev/tty": "not a file", "/": "not a file", "FIFO": "not a file"}
+MEASURE = """
+import json, os, signal, sys, tempfile, time
+from backlot.config import load_config
+from trainers.common.config import RunConfig
+for file in sys.argv[1:]:
+    with tempfile.TemporaryFile("w+") as said:
+        began, child = time.monotonic(), os.fork()
+        if child == 0:
+            signal.alarm(20)
+            os.dup2(said.fileno(), 2)
+            required = ["--output_dir=o", "--max_train_steps=1", "--train_batch_size=1"]
+            load_config(RunConfig, ["--config", file, *required])
+            os._exit(0)
+        _, status, usage = os.wait4(child, 0)
+        said.seek(0)
+        print(json.dumps([said.read(), os.waitstatus_to_exitcode(status), time.monotonic() - began, usage.ru_maxrss]))
+"""
+
+
+def test_every_bomb_is_refused_within_a_second_and_200_mb(tmp_path):
+    files = [yaml_file(tmp_path, content, f"{n}.yaml") for n, (content, _) in enumerate(BOMBS.values())]
+    os.mkfifo(tmp_path / "FIFO")
+    expected = [message for _, message in BOMBS.values()] + list(DEVICES.values())
+    names = [*BOMBS, *DEVICES]
+    files += [str(tmp_path / name) if name == "FIFO" else name for name in DEVICES]
+    result = subprocess.run(
+        [sys.executable, "-c", MEASURE, *files], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    measured = [json.loads(line) for line in result.stdout.splitlines()]
+    for name, message, (text, code, seconds, kilobytes) in zip(names, expected, measured, strict=True):
+        assert message in text, name
+        assert "Traceback" not in text, name
+        assert len(text.splitlines()) <= (52 if "unknown" in name else 2), name  # the heading and the refusal
+        assert max(map(len, text.splitlines())) < 300, name
+        assert code == 2, name
+        assert seconds < 1, name
+        assert kilobytes < 200_000, name
+
+
+def test_plain_words_of_yaml_are_text_or_what_they_look_like(tmp_path):
+    text = "{output_dir: 010, max_train_steps: 1_000, train_batch_size: 010, use_ema: no, mixed_precision: no}"
+    training = load_config(RunConfig, ["--config", yaml_file(tmp_path, f"training: {text}")]).training
+    assert str(training.output_dir) == "010"
+    assert (training.max_train_steps, training.train_batch_size) == (1000, 10)
+    assert training.use_ema is False
+    assert training.mixed_precision == "no"  # YAML 1.1 has False here
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["no", "1e3", "1:30", "010", "08", "0x1f", "0b1", "2001-02-03", "~", "=", "<<", ".5", "1_0", "9" * 50, "*a", "!x"],
+)
+def test_text_that_looks_like_something_else_comes_back_as_text(tmp_path, name):
+    config = load_config(Config, ["--config", str(TINY), f"--attention_backend={name}"])
+    assert config.training.attention_backend == name
+    assert load_config(Config, ["--config", yaml_file(tmp_path, dump_config(config))]) == config
+
+
+def test_yaml_aliases_and_merge_keys_of_a_reasonable_size_are_read(tmp_path):
+    text = "training: &t {output_dir: o, max_train_steps: 1, train_batch_size: &n 2, seed: *n}\noptics: {focus: *n}\n"
+    config = load_config(TwoSections, ["--config", yaml_file(tmp_path, text)])
+    assert (config.training.seed, config.optics.focus) == (2, 2.0)
+    text = "training: {<<: {output_dir: o, seed: 1}, max_train_steps: 1, train_batch_size: 2, seed: 7}"
+    assert load_config(TwoSections, ["--config", yaml_file(tmp_path, text)]).training.seed == 7
 
 
 def test_nothing_comes_from_the_environment(monkeypatch):
