@@ -10,6 +10,8 @@ import re
 import reprlib
 import stat
 import sys
+from collections.abc import Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import ClassVar, TypeVar
 
@@ -25,6 +27,8 @@ MAX_VALUES = 5_000
 MAX_DEPTH = 20
 MAX_PROBLEMS = 50
 """So many are explained; the rest are counted."""
+MAX_SUGGESTIONS = 5
+"""So many keys of an unknown section are compared with the known ones."""
 
 
 class Section(BaseModel):
@@ -40,7 +44,7 @@ class Settings(BaseSettings):
         extra="forbid", frozen=True, use_attribute_docstrings=True, cli_parse_none_str="null", cli_avoid_json=True
     )
     aliases: ClassVar[dict[str, str]] = {}
-    """Further names on the command line, and the keys they stand for."""
+    """Further names, in files and on the command line, and the keys they stand for."""
 
     @classmethod
     def settings_customise_sources(
@@ -62,20 +66,26 @@ def load_config(config_class: type[ConfigT], argv: list[str] | None = None) -> C
     one line each, and the process exits with code 2.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
-    keys = _keys(config_class)
-    files, overrides, problems = _split_arguments(argv, keys, config_class.aliases)
+    keys, aliases = _keys(config_class), config_class.aliases
+    files, overrides, names, problems = _split_arguments(argv, keys, aliases)
+    given: dict[str, str] = {}
     values: dict = {}
     for file in files:
-        _merge(values, _read_yaml(file, problems))
+        _merge(values, _nest(file, _spread(_read_yaml(file, problems), keys, aliases), given, problems))
+    given |= {key: name if name in aliases else key for key, name in names.items()}
     try:
         config = config_class(_cli_parse_args=overrides, **values)
     except ValidationError as error:
         details = error.errors(include_url=False)
-        problems += [_explain(detail, keys) for detail in details[:MAX_PROBLEMS]]
+        problems += [_explain(detail, [*keys, *aliases], given) for detail in details[:MAX_PROBLEMS]]
         if len(details) > MAX_PROBLEMS:
             problems.append(f"and {len(details) - MAX_PROBLEMS} more")
     except SettingsError as error:
         problems.append(str(error))
+    except SystemExit:  # after --help
+        if aliases:
+            print("\nfurther names:", *(f"  --{alias} is --{key}" for alias, key in aliases.items()), sep="\n")
+        raise
     if problems:
         lines = "\n".join(f"  {problem}" for problem in problems)
         print(f"configuration refused:\n{lines}", file=sys.stderr)
@@ -101,9 +111,13 @@ def _keys(model: type[BaseModel], prefix: str = "") -> list[str]:
 
 def _split_arguments(
     argv: list[str], keys: list[str], aliases: dict[str, str]
-) -> tuple[list[str], list[str], list[str]]:
-    """Separate --config files from overrides, spell out short keys, and collect what is not understood."""
+) -> tuple[list[str], list[str], dict[str, str], list[str]]:
+    """Separate --config files from overrides, spell out short keys and aliases, and collect what is not understood.
+
+    Returns: files, overrides as `--key=value`, the name that each key was given by, problems.
+    """
     files, overrides, problems = [], [], []
+    given: dict[str, tuple[str, str]] = {}
     arguments = iter(argv)
     for argument in arguments:
         if argument in ("-h", "--help"):
@@ -113,7 +127,6 @@ def _split_arguments(
             problems.append(f"unexpected argument {argument!r} (expected --key value)")
             continue
         name, equals, value = argument[2:].partition("=")
-        name = aliases.get(name, name)
         if not equals:
             value = next(arguments, None)
         if value is None:
@@ -121,14 +134,19 @@ def _split_arguments(
         elif name == "config":
             files.append(value)
         else:
-            matches = [name] if name in keys else [key for key in keys if key.rpartition(".")[2] == name]
+            key = aliases.get(name, name)
+            matches = [key] if key in keys else [known for known in keys if known.rpartition(".")[2] == key]
             if len(matches) == 1:
+                before, value_before = given.get(matches[0], (name, value))
+                if value_before != value and before != name and aliases.keys() & {before, name}:
+                    problems.append(_contradiction(f"--{before}", value_before, f"--{name}", value))
+                given[matches[0]] = (name, value)
                 overrides.append(f"--{matches[0]}={value}")
             elif matches:
                 problems.append(f"--{name} is ambiguous: {', '.join('--' + key for key in matches)}")
             else:
-                problems.append(f"unknown key --{name}{_suggest(name, keys)}")
-    return files, overrides, problems
+                problems.append(f"unknown key --{name}{_suggest(name, [*keys, *aliases])}")
+    return files, overrides, {key: name for key, (name, _) in given.items()}, problems
 
 
 class _Loader(yaml.SafeLoader):
@@ -221,6 +239,53 @@ def _read_yaml(file: str, problems: list[str]) -> dict:
     return values
 
 
+def _spread(
+    values: dict, keys: list[str], aliases: dict[str, str], place: tuple[str, ...] = (), spelled: str = ""
+) -> Iterator[tuple[tuple[str, ...], object, str]]:
+    """Every value of a file as (path of the key, value, dotted name it was given by).
+
+    An alias, and a key in dotted form, is understood wherever sections spell it out.
+    """
+    for part, value in values.items():
+        name = f"{spelled}.{part}" if spelled else part
+        key = aliases.get(name, name)
+        here = tuple(key.split(".")) if name in aliases or name in keys else (*place, part)
+        if isinstance(value, dict) and value:
+            yield from _spread(value, keys, aliases, here, name)
+        else:
+            yield here, value, name
+
+
+def _nest(
+    file: str,
+    values: Iterable[tuple[tuple[str, ...], object, str]],
+    given: dict[str, str],
+    problems: list[str],
+) -> dict:
+    """The sections of one file; a key under two names with two values, or with a value and keys, is a problem."""
+    found: dict[tuple[str, ...], tuple[object, str]] = {}
+    for place, value, name in values:
+        before, name_before = found.setdefault(place, (value, name))
+        if before != value:
+            problems.append(f"{file}: {_contradiction(name_before, before, name, value)}")
+        given[".".join(place)] = name
+    nested: dict = {}
+    for place, (value, name) in sorted(found.items(), key=lambda item: len(item[0])):
+        into = nested
+        for part in place[:-1]:
+            into = into.setdefault(part, {}) if isinstance(into, dict) else into
+        if isinstance(into, dict):
+            into[place[-1]] = {} if value == {} else value  # what a YAML alias shares must not be filled twice
+        else:
+            problems.append(f"{file}: {name} = {reprlib.repr(value)} stands in a section that is {reprlib.repr(into)}")
+    return nested
+
+
+def _contradiction(name: str, value: object, other_name: str, other_value: object) -> str:
+    value, other_value = reprlib.repr(value), reprlib.repr(other_value)
+    return f"{name} = {value} and {other_name} = {other_value} are the same key: give one of them"
+
+
 def _merge(into: dict, values: dict) -> None:
     for key, value in values.items():
         if isinstance(value, dict) and isinstance(into.get(key), dict):
@@ -229,16 +294,21 @@ def _merge(into: dict, values: dict) -> None:
             into[key] = value
 
 
-def _explain(detail: dict, keys: list[str]) -> str:
+def _explain(detail: dict, names: list[str], given: dict[str, str]) -> str:
     """One pydantic error as one line: key, value, what is allowed."""
     key = ".".join(str(part) for part in detail["loc"])
     if detail["type"] == "extra_forbidden":
-        return f"unknown key {key}{_suggest(key, keys)}"
+        inner = _spread(detail["input"], [], {}, (), key) if isinstance(detail["input"], dict) else ()
+        written = [*(name for _, _, name in islice(inner, MAX_SUGGESTIONS)), key]
+        found = next((name for name in written if _suggest(name, names)), key)
+        return f"unknown key {found}{_suggest(found, names)}"
     if detail["type"] == "missing":
         return f"{key} is required"
     message = detail["msg"].removeprefix("Value error, ")
     if isinstance(detail["input"], dict):
         return f"{key}: {message}" if key else message
+    if given.get(key, key) != key:
+        key = f"{given[key]} ({key})"
     # reprlib: a few lines of YAML aliases can stand for gigabytes
     return f"{key} = {reprlib.repr(detail['input'])}: {message[0].lower()}{message[1:]}"
 

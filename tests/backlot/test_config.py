@@ -9,13 +9,14 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import yaml
 from pydantic import Field
 from runs import ROOT, TINY
 
-from backlot.config import Section, dump_config, load_config
+from backlot.config import Section, _keys, dump_config, load_config
 from trainers.common.config import RunConfig, TrainingConfig
 from trainers.train_shortcut import Config
 
@@ -25,10 +26,21 @@ CONFIGS = sorted((ROOT / "configs").glob("*/*.yaml"))
 class Optics(Section):
     seed: int = 1
     focus: float = Field(2.0, gt=0)
+    weights: dict[str, float] = {}
 
 
 class TwoSections(RunConfig):
     optics: Optics = Optics()
+
+
+class WithAliases(TwoSections):
+    aliases: ClassVar[dict[str, str]] = {
+        "num_workers": "training.dataloader_num_workers",
+        "trainer.output_dir": "training.output_dir",
+        "trainer.steps": "training.max_train_steps",
+        "batch": "training.train_batch_size",
+        "weights": "optics.weights",
+    }
 
 
 def refusal(capsys, *argv: str, config_class=Config) -> str:
@@ -65,6 +77,92 @@ def test_the_command_line_wins_over_later_files_over_earlier_files(tmp_path):
     config = load_config(Config, ["--config", str(TINY), "--config", second, "--train_batch_size", "4"])
     assert (config.training.seed, config.training.train_batch_size) == (7, 4)
     assert config.training.learning_rate == 1e-3  # of the first file: sections merge
+
+
+ALIASED = {
+    "top": "num_workers: 4\ntrainer.output_dir: o\ntrainer.steps: 3\nbatch: 2\n",
+    "nested": "trainer: {output_dir: o, steps: 3}\ntraining: {dataloader_num_workers: 4, train_batch_size: 2}\n",
+    "mixed": "trainer: {output_dir: o}\ntrainer.steps: 3\ntraining: {train_batch_size: 2}\nnum_workers: 4\n",
+    "dotted keys of ours": "trainer: {output_dir: o, steps: 3}\ntraining.dataloader_num_workers: 4\nbatch: 2\n",
+    "twice, equal": "trainer: {output_dir: o, steps: 3}\ntraining: {max_train_steps: 3}\nbatch: 2\nnum_workers: 4\n",
+}
+
+
+@pytest.mark.parametrize("text", ALIASED.values(), ids=ALIASED)
+def test_a_file_may_use_further_names_in_every_spelling(tmp_path, text):
+    training = load_config(WithAliases, ["--config", yaml_file(tmp_path, text)]).training
+    assert (training.dataloader_num_workers, str(training.output_dir)) == (4, "o")
+    assert (training.max_train_steps, training.train_batch_size) == (3, 2)
+
+
+def test_a_further_name_may_stand_for_a_mapping_whose_keys_have_dots(tmp_path):
+    text = ALIASED["top"] + "weights: {blocks.0: 0.5, blocks.1: 2}\n"
+    config = load_config(WithAliases, ["--config", yaml_file(tmp_path, text)])
+    assert config.optics.weights == {"blocks.0": 0.5, "blocks.1": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("in_file", "override"),
+    [
+        ("num_workers: 4", "--training.dataloader_num_workers=7"),
+        ("training: {dataloader_num_workers: 4}", "--num_workers=7"),
+    ],
+    ids=["alias in the file", "alias on the command line"],
+)
+def test_the_command_line_wins_whichever_name_each_uses(tmp_path, in_file, override):
+    required = ["--trainer.output_dir=o", "--trainer.steps", "3", "--batch=2"]
+    config = load_config(WithAliases, ["--config", yaml_file(tmp_path, in_file), *required, override])
+    assert config.training.dataloader_num_workers == 7
+
+
+def test_a_later_file_wins_whichever_name_each_uses(tmp_path):
+    first = yaml_file(tmp_path, ALIASED["top"])
+    second = yaml_file(tmp_path, "training: {dataloader_num_workers: 5}", "second.yaml")
+    third = yaml_file(tmp_path, "num_workers: 6", "third.yaml")
+    argv = ["--config", first, "--config", second]
+    assert load_config(WithAliases, argv).training.dataloader_num_workers == 5
+    assert load_config(WithAliases, [*argv, "--config", third]).training.dataloader_num_workers == 6
+
+
+@pytest.mark.parametrize(
+    ("in_file", "overrides", "message"),
+    [
+        ("num_workers: 4\ntraining: {dataloader_num_workers: 5}", [],
+         "num_workers = 4 and training.dataloader_num_workers = 5 are the same key"),
+        ("trainer: {steps: 4}\ntrainer.steps: 5", [], "trainer.steps = 4 and trainer.steps = 5 are the same key"),
+        ("training: {seed: 4}\ntraining.seed: 5", [], "training.seed = 4 and training.seed = 5 are the same key"),
+        ("batch: 1", ["--num_workers=4", "--dataloader_num_workers", "5"],
+         "--num_workers = '4' and --dataloader_num_workers = '5' are the same key"),
+        ("batch: 1", ["--training.dataloader_num_workers=4", "--num_workers=5"],
+         "--training.dataloader_num_workers = '4' and --num_workers = '5' are the same key"),
+        ("training: 5\nnum_workers: 1", [], "num_workers = 1 stands in a section that is 5"),
+        ("num_workers: -1", [], "num_workers (training.dataloader_num_workers) = -1: input should be greater"),
+        ("num_worker: 1", [], "unknown key num_worker; did you mean num_workers?"),
+        ("trainer: {output_di: 1}", [], "unknown key trainer.output_di; did you mean trainer.output_dir?"),
+        ("batch: 1", ["--trainer.output_di=1"], "unknown key --trainer.output_di; did you mean trainer.output_dir?"),
+        ("batch: 1", ["--num_worker=1"], "unknown key --num_worker; did you mean num_workers?"),
+    ],
+)  # fmt: skip
+def test_further_names_are_answered_for(capsys, tmp_path, in_file, overrides, message):
+    argv = ["--config", yaml_file(tmp_path, in_file), "--trainer.output_dir=o", "--trainer.steps=3", *overrides]
+    text = refusal(capsys, *argv, config_class=WithAliases)
+    assert message in text
+
+
+def test_the_help_names_them(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        load_config(WithAliases, ["--help"])
+    assert exit_.value.code == 0
+    assert "--trainer.steps is --training.max_train_steps" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("script", sorted(path.stem for path in (ROOT / "trainers").glob("train_*.py")))
+def test_further_names_stand_for_keys_and_hide_none(script):
+    config_class = importlib.import_module(f"trainers.{script}").Config
+    keys = _keys(config_class)
+    for alias, key in config_class.aliases.items():
+        assert key in keys, alias
+        assert alias not in keys
 
 
 def test_null_lists_and_booleans_on_the_command_line():
