@@ -115,6 +115,18 @@ def test_the_command_line_wins_whichever_name_each_uses(tmp_path, in_file, overr
     assert config.training.dataloader_num_workers == 7
 
 
+def test_the_last_of_two_equal_or_shorter_names_on_the_command_line_wins():
+    argv = ["--config", str(TINY), "--seed=1", "--training.seed=2", "--seed", "3"]
+    assert load_config(Config, argv).training.seed == 3
+
+
+def test_empty_sections_that_a_yaml_alias_shares_are_filled_apart(tmp_path):
+    text = "training: &e {}\noptics: *e\n" + ALIASED["top"]
+    config = load_config(WithAliases, ["--config", yaml_file(tmp_path, text)])
+    assert config.training.dataloader_num_workers == 4
+    assert config.optics == Optics()
+
+
 def test_a_later_file_wins_whichever_name_each_uses(tmp_path):
     first = yaml_file(tmp_path, ALIASED["top"])
     second = yaml_file(tmp_path, "training: {dataloader_num_workers: 5}", "second.yaml")
@@ -273,6 +285,10 @@ BOMBS = {
     "a list as key": ("[1]: 2", "a key is text"),
     "a tag": ("x: !!int abc", "tags (!...) are not understood"),
     "a python tag": ("x: !!python/object/apply:os.system [true]", "tags (!...) are not understood"),
+    "a setting of the reader": ("_env_file: x", "unknown key _env_file"),
+    "an argument of the reader": ("_cli_parse_args: x", "unknown key _cli_parse_args"),
+    "an empty key": ("'': 1", "unknown key"),
+    "a number as key": ("1: x", "unknown key 1"),
     "two documents": ("a: 1\n---\nb: 2\n", "another document"),
     "hours": ("training: {seed: 1:30}", "training.seed = '1:30': input should be a valid integer"),
     "a date": ("training: {seed: 2001-02-03}", "training.seed = '2001-02-03': input should be a valid integer"),
