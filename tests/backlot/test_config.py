@@ -297,21 +297,22 @@ BOMBS = {
 LOOKS_LIKE_MORE = ["no", "1e3", "1:30", "010", "08", "0x1f", "0b1", "2001-02-03", "~", "=", "<<", ".5", "1_0", "*a"]
 DEVICES = {"/dev/zero": "not a file", "/dev/tty": "not a file", "/": "not a file", "FIFO": "not a file"}
 MEASURE = """
-import json, os, signal, sys, tempfile, time
+import json, os, signal, sys, tempfile
 from backlot.config import load_config
 from trainers.common.config import RunConfig
 for file in sys.argv[1:]:
     with tempfile.TemporaryFile("w+") as said:
-        began, child = time.monotonic(), os.fork()
+        child = os.fork()
         if child == 0:
-            signal.alarm(20)
+            signal.alarm(20)  # what waits for ever does not end with code 2
             os.dup2(said.fileno(), 2)
             required = ["--output_dir=o", "--max_train_steps=1", "--train_batch_size=1"]
             load_config(RunConfig, ["--config", file, *required])
             os._exit(0)
         _, status, usage = os.wait4(child, 0)
         said.seek(0)
-        print(json.dumps([said.read(), os.waitstatus_to_exitcode(status), time.monotonic() - began, usage.ru_maxrss]))
+        seconds = usage.ru_utime + usage.ru_stime
+        print(json.dumps([said.read(), os.waitstatus_to_exitcode(status), seconds, usage.ru_maxrss]))
 """
 
 
@@ -331,7 +332,7 @@ def test_every_bomb_is_refused_within_a_second_and_200_mb(tmp_path):
         assert len(text.splitlines()) <= (52 if "unknown" in name else 2), name  # the heading and the refusal
         assert max(map(len, text.splitlines())) < 300, name
         assert code == 2, name
-        assert seconds < 1, name
+        assert seconds < 1, name  # of the processor: others may be busy on it
         assert kilobytes < 200_000, name
 
 
