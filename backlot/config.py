@@ -72,6 +72,9 @@ def load_config(config_class: type[ConfigT], argv: list[str] | None = None) -> C
     values: dict = {}
     for file in files:
         _merge(values, _nest(file, _spread(_read_yaml(file, problems), keys, aliases), given, problems))
+    for key in [key for key in values if key.startswith("_")]:  # pydantic-settings would take them as its own
+        problems.append(f"unknown key {key}")
+        del values[key]
     given |= {key: name if name in aliases else key for key, name in names.items()}
     try:
         config = config_class(_cli_parse_args=overrides, **values)

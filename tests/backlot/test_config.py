@@ -115,6 +115,18 @@ def test_the_command_line_wins_whichever_name_each_uses(tmp_path, in_file, overr
     assert config.training.dataloader_num_workers == 7
 
 
+def test_the_last_of_two_equal_or_shorter_names_on_the_command_line_wins():
+    argv = ["--config", str(TINY), "--seed=1", "--training.seed=2", "--seed", "3"]
+    assert load_config(Config, argv).training.seed == 3
+
+
+def test_empty_sections_that_a_yaml_alias_shares_are_filled_apart(tmp_path):
+    text = "training: &e {}\noptics: *e\n" + ALIASED["top"]
+    config = load_config(WithAliases, ["--config", yaml_file(tmp_path, text)])
+    assert config.training.dataloader_num_workers == 4
+    assert config.optics == Optics()
+
+
 def test_a_later_file_wins_whichever_name_each_uses(tmp_path):
     first = yaml_file(tmp_path, ALIASED["top"])
     second = yaml_file(tmp_path, "training: {dataloader_num_workers: 5}", "second.yaml")
@@ -273,6 +285,10 @@ BOMBS = {
     "a list as key": ("[1]: 2", "a key is text"),
     "a tag": ("x: !!int abc", "tags (!...) are not understood"),
     "a python tag": ("x: !!python/object/apply:os.system [true]", "tags (!...) are not understood"),
+    "a setting of the reader": ("_env_file: x", "unknown key _env_file"),
+    "an argument of the reader": ("_cli_parse_args: x", "unknown key _cli_parse_args"),
+    "an empty key": ("'': 1", "unknown key"),
+    "a number as key": ("1: x", "unknown key 1"),
     "two documents": ("a: 1\n---\nb: 2\n", "another document"),
     "hours": ("training: {seed: 1:30}", "training.seed = '1:30': input should be a valid integer"),
     "a date": ("training: {seed: 2001-02-03}", "training.seed = '2001-02-03': input should be a valid integer"),
@@ -281,21 +297,22 @@ BOMBS = {
 LOOKS_LIKE_MORE = ["no", "1e3", "1:30", "010", "08", "0x1f", "0b1", "2001-02-03", "~", "=", "<<", ".5", "1_0", "*a"]
 DEVICES = {"/dev/zero": "not a file", "/dev/tty": "not a file", "/": "not a file", "FIFO": "not a file"}
 MEASURE = """
-import json, os, signal, sys, tempfile, time
+import json, os, signal, sys, tempfile
 from backlot.config import load_config
 from trainers.common.config import RunConfig
 for file in sys.argv[1:]:
     with tempfile.TemporaryFile("w+") as said:
-        began, child = time.monotonic(), os.fork()
+        child = os.fork()
         if child == 0:
-            signal.alarm(20)
+            signal.alarm(20)  # what waits for ever does not end with code 2
             os.dup2(said.fileno(), 2)
             required = ["--output_dir=o", "--max_train_steps=1", "--train_batch_size=1"]
             load_config(RunConfig, ["--config", file, *required])
             os._exit(0)
         _, status, usage = os.wait4(child, 0)
         said.seek(0)
-        print(json.dumps([said.read(), os.waitstatus_to_exitcode(status), time.monotonic() - began, usage.ru_maxrss]))
+        seconds = usage.ru_utime + usage.ru_stime
+        print(json.dumps([said.read(), os.waitstatus_to_exitcode(status), seconds, usage.ru_maxrss]))
 """
 
 
@@ -315,7 +332,7 @@ def test_every_bomb_is_refused_within_a_second_and_200_mb(tmp_path):
         assert len(text.splitlines()) <= (52 if "unknown" in name else 2), name  # the heading and the refusal
         assert max(map(len, text.splitlines())) < 300, name
         assert code == 2, name
-        assert seconds < 1, name
+        assert seconds < 1, name  # of the processor: others may be busy on it
         assert kilobytes < 200_000, name
 
 
