@@ -65,14 +65,14 @@ def inject(arrays, scene: bool, group, config: SceneObjectiveConfig):
         rows, t, d, count = torch.tensor([0]), t[None], d[None], int(count > 0)
     else:
         rows = torch.cat([chosen, torch.tensor([i for i in range(len(t)) if i not in chosen.tolist()]).long()])
-    named = torch.from_numpy(arrays["eps_uniform"]).reshape(d.shape) * config.fm_eps_max
+    named = torch.from_numpy(arrays["eps_uniform"]).reshape(d.shape) * 2 * config.fm_eps_max
     step_size = torch.where(d == 0, named, 2 * d)[rows]
     coins = arrays["draws_given"].tolist()
     if scene:
         guided = list(range(count)) if coins and coins[0] < config.ratio_cfg_samples else []
     else:
         guided = list(range(int(count * config.ratio_cfg_samples)))
-    partial = config.cfg_partial_all_modalities and len(guided) < count
+    partial = len(guided) < count
     return Draws(
         noise=take(group("x0"), rows),
         t=t[rows],
