@@ -85,6 +85,8 @@ class TrainingRun:
         modules: dict[str, nn.Module] | None = None,
     ):
         launch: Launch = accelerator.launch
+        if config.training.max_train_steps is None:
+            raise ValueError("`config` counts in epochs: call its `in_updates` first")
         self.accelerator, self.config, self.training = accelerator, config, config.training
         self.folder, self.processes, self.stop, self.precision = (
             launch.folder,
