@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from backlot.samples import SampleKey
+from trainers.common.sharding import give_back
 from trainers.common.signals import StopRequested
 
 if TYPE_CHECKING:
@@ -90,6 +91,8 @@ class Validation:
                 return "stopped", {}
             finally:
                 model.train(was_training)
+                if run.is_sharded:
+                    give_back(model)
                 run.is_measuring = False
 
     def _interruptible(self) -> AbstractContextManager:
