@@ -24,6 +24,7 @@ from accelerate.utils import send_to_device
 from diffusers import DiffusionPipeline, ModelMixin
 from PIL import Image
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset
 from tqdm import tqdm
@@ -44,7 +45,7 @@ from trainers.common.rescue import Rescue
 from trainers.common.resume import Resumption, best_of, choose_checkpoint, describe_state
 from trainers.common.run_dir import export_pipeline
 from trainers.common.saving import Saver, Snapshot
-from trainers.common.sharding import local, skeleton, state_tensors, whole
+from trainers.common.sharding import fill_skeleton, local, skeleton, state_tensors, whole
 from trainers.common.signals import GRACE, StopRequested
 from trainers.common.state import all_finite, checksum, frozen_tensors, optimizer_state, snapshot
 from trainers.common.tracking import TRACKERS, Tracking, read_rows
@@ -138,7 +139,7 @@ class TrainingRun:
         if launch.sharding:
             copies = [] if self.ema is None else [self.ema.model]
             for network in (self.network, *copies, *self._modules.values()):
-                launch.sharding.apply(network, precision)
+                launch.sharding.apply(network, precision, trains=network is self.network)
             if training.use_ema and swapped:
                 self.ema = SwappedEMA(self.network, *settings, self.trained)
             self.model = self.network
@@ -339,7 +340,8 @@ class TrainingRun:
             mean = self.processes.count / torch.where(weight > 0, weight, 1.0)
             factor, self._weight = mean if factor is None else factor * mean, None
         if factor is not None:
-            torch._foreach_mul_(local(p.grad for p in self._parameters), factor)
+            grads = local(p.grad for p in self._parameters)
+            torch._foreach_mul_(grads, factor.to(grads[0].device))  # offloaded ones are on the host
         limit = self.training.max_grad_norm or float("inf")
         norm = torch.nn.utils.clip_grad_norm_(self._parameters, limit, foreach=True)
         return whole(norm).detach().to(self.accelerator.device)
@@ -410,7 +412,7 @@ class TrainingRun:
         self._saver.wait()
         newest = checkpoints.find_latest(self.run_dir) if self.processes.is_main else None
         self._close(EXIT_NONFINITE)
-        raise leave(EXIT_NONFINITE, f"{what}; last checkpoint: {newest or 'none'}")
+        raise self._left(EXIT_NONFINITE, f"{what}; last checkpoint: {newest or 'none'}")
 
     # ---- checkpoints, validation, end ----
 
@@ -495,18 +497,18 @@ class TrainingRun:
     def _with_whole_weights(self, pipeline: DiffusionPipeline | ModelMixin) -> DiffusionPipeline | ModelMixin:
         """The same with gathered weights in place of this process's shares; called by all processes."""
         tensors = dict(state_tensors(self.trained)) if self.ema is None else self.ema.tensors()
-        is_main, gathered = self.processes.is_main, {}
         for name, tensor in tensors.items():
             full = whole(tensor)  # all processes take part, one tensor at a time
-            if is_main:
-                gathered[name] = full.detach().cpu()
-        if not is_main:
-            return pipeline
-        self._skeleton.load_state_dict(gathered, assign=True, strict=False)
+            if self.processes.is_main:
+                fill_skeleton(self._skeleton, name, full.detach().cpu())
         if not isinstance(pipeline, DiffusionPipeline):
             return self._skeleton
-        own = [name for name, part in pipeline.components.items() if part in (self.inference_model, self.trained)]
-        pipeline.register_modules(**dict.fromkeys(own, self._skeleton))
+        own = self.trained if self.ema is None else self.ema.part
+        for name, part in pipeline.components.items():
+            if part is own:
+                pipeline.register_modules(**{name: self._skeleton})
+            elif isinstance(part, FSDPModule):
+                raise TypeError(f"the pipeline's {name} is a sharded base: finish with the part that trains")
         return pipeline
 
     def end_early(self, alone: bool = False) -> None:
