@@ -9,8 +9,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
-import torch
-
 from backlot.command_line import EXIT_CRASH, EXIT_RESUME
 from trainers.common.loader import abandon_workers
 from trainers.common.processes import Processes
@@ -25,12 +23,13 @@ class Savable(Protocol):
 
     step: int
     is_sharded: bool
-    is_measuring: bool
     stop: StopSignal
     processes: Processes
     folder: RunFolder
 
-    def save_checkpoint(self, alone: bool = False) -> None: ...
+    def end_saving(self) -> None: ...
+
+    def save_alone(self) -> None: ...
 
 
 class Rescue:
@@ -50,8 +49,6 @@ class Rescue:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _) -> None:
         if kind is None or issubclass(kind, SystemExit | GeneratorExit | StopRequested | KeyboardInterrupt):
             return
-        if issubclass(kind, torch.OutOfMemoryError) and self.run.is_measuring:
-            return  # validation goes on without it
         if self.run.stop.requested and self.run.processes.count > 1:
             self.leave_alone()  # another process has left, and this one's call to it failed
         self.run.folder.write_exit(EXIT_CRASH)
@@ -74,7 +71,12 @@ class Rescue:
 
     def _save(self, why: str) -> None:
         run = self.run
-        can_save = self._is_sound and run.processes.is_main and not run.is_sharded
-        if can_save and run.step > 0:
-            run.save_checkpoint(alone=True)
-            logger.error("%s; checkpoint-%d is written", why, run.step)
+        if not run.processes.is_main or run.is_sharded:
+            return
+        try:
+            run.end_saving()
+            if self._is_sound and run.step > 0:
+                run.save_alone()
+                logger.error("%s; checkpoint-%d is written", why, run.step)
+        except (OSError, ValueError) as error:  # what ends the run is said by its own error
+            logger.error("%s; checkpoint-%d is not written: %s", why, run.step, error)
