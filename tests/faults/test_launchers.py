@@ -1,4 +1,4 @@
-"""Signals as they arrive in practice: at `accelerate launch`, at the script, at the process group; and launchers killed.
+"""Signals as they arrive in practice: at `accelerate launch`, the script, the process group; and launchers killed.
 
 Whoever is signalled, the run ends in a checkpoint, says so in exit.json, and leaves no process behind.
 """

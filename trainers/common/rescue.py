@@ -9,6 +9,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
+import torch
+
 from backlot.command_line import EXIT_CRASH, EXIT_RESUME
 from trainers.common.loader import abandon_workers
 from trainers.common.processes import Processes
@@ -49,10 +51,12 @@ class Rescue:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _) -> None:
         if kind is None or issubclass(kind, SystemExit | GeneratorExit | StopRequested | KeyboardInterrupt):
             return
-        if self.run.stop.requested and self.run.processes.count > 1:
-            self.leave_alone()  # another process has left, and this one's call to it failed
+        why = f"{kind.__name__}: {error}"
+        fails_together = issubclass(kind, RuntimeError) and not issubclass(kind, torch.OutOfMemoryError)
+        if fails_together and self.run.stop.requested and self.run.processes.count > 1:
+            self.leave_alone(why)  # another process has left, and this one's call to it failed
         self.run.folder.write_exit(EXIT_CRASH)
-        self._save(f"{kind.__name__}: {error}")
+        self._save(why)
 
     @contextmanager
     def unsound(self) -> Iterator[None]:
@@ -61,18 +65,19 @@ class Rescue:
         yield
         self._is_sound = True
 
-    def leave_alone(self) -> None:
-        """Save what this process can save by itself, and end it with exit code 75."""
-        self.run.folder.write_exit(EXIT_RESUME)
-        self._save("stopped")
+    def leave_alone(self, why: str) -> None:
+        """Save what this process can save by itself, and end it with exit code 75; 1 if that failed."""
+        code = EXIT_RESUME if self._save(why) else EXIT_CRASH
+        self.run.folder.write_exit(code)
         abandon_workers()
         sys.stderr.flush()
-        os._exit(EXIT_RESUME)  # not SystemExit: taking a process group apart waits for the others
+        os._exit(code)  # not SystemExit: taking a process group apart waits for the others
 
-    def _save(self, why: str) -> None:
+    def _save(self, why: str) -> bool:
+        """False if what this process should save could not be saved."""
         run = self.run
         if not run.processes.is_main or run.is_sharded:
-            return
+            return True
         try:
             run.end_saving()
             if self._is_sound and run.step > 0:
@@ -80,3 +85,5 @@ class Rescue:
                 logger.error("%s; checkpoint-%d is written", why, run.step)
         except (OSError, ValueError) as error:  # what ends the run is said by its own error
             logger.error("%s; checkpoint-%d is not written: %s", why, run.step, error)
+            return False
+        return True

@@ -526,13 +526,14 @@ class TrainingRun:
 
     def finish(self, pipeline: DiffusionPipeline | ModelMixin) -> None:
         """Final checkpoint, pipeline or network for `from_pretrained(output_dir)`, logs closed."""
-        self.save_checkpoint()
-        self._saver.wait()
-        if self.is_sharded:
-            pipeline = self._with_whole_weights(pipeline)
-        if self.processes.is_main:
-            with self.applied_average() if not self.is_sharded else nullcontext():
-                export_pipeline(self.run_dir, pipeline)
+        with self.rescue:
+            self.save_checkpoint()
+            self._saver.wait()
+            if self.is_sharded:
+                pipeline = self._with_whole_weights(pipeline)
+            if self.processes.is_main:
+                with self.applied_average() if not self.is_sharded else nullcontext():
+                    export_pipeline(self.run_dir, pipeline)
         self._close(EXIT_DONE)
 
     def _with_whole_weights(self, pipeline: DiffusionPipeline | ModelMixin) -> DiffusionPipeline | ModelMixin:
@@ -555,9 +556,10 @@ class TrainingRun:
     def end_early(self, alone: bool = False) -> None:
         """Answer a stop: checkpoint, exit code 75; `alone` where the other processes can no longer take part."""
         if alone:
-            self.rescue.leave_alone()
-        self.save_checkpoint()
-        self._saver.wait()
+            self.rescue.leave_alone("stopped while another process may wait for this one")
+        with self.rescue:
+            self.save_checkpoint()
+            self._saver.wait()
         self._close(EXIT_RESUME)
         abandon_workers()
         raise self._left(EXIT_RESUME, f"stopped at update {self.step}; continue with --resume_from_checkpoint latest")
