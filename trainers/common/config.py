@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import math
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, Self
@@ -95,7 +96,8 @@ class TrainingConfig(Section):
     resume_from_checkpoint: str | None = None
     """`latest` continues the run in `output_dir`; `auto` does so if there is one; or a checkpoint's path."""
     resume_with_changes: list[str] = []
-    """Keys, or sections, that may differ from the run that is resumed though they make it another experiment."""
+    """Keys or sections (`model.dropout`, `objective`, and `data`, `num_samples`, `frozen` for what is read) that may
+    differ from the run that is resumed though they make it another experiment."""
 
     logging_steps: int = Field(50, gt=0)
     """A row of metrics (means since the last one) every so many updates."""
@@ -157,6 +159,15 @@ MAY_CHANGE = frozenset(
 )
 
 
+# What must be the same besides the configuration; these names, too, may stand in `resume_with_changes`.
+IDENTITY = {
+    "seed": "of the order of samples",
+    "num_samples": "their number",
+    "data": "their fingerprint",
+    "frozen": "the checksum of the frozen base",
+}
+
+
 class RunConfig(Settings):
     """The root of a script's configuration; a script adds its own sections."""
 
@@ -173,6 +184,17 @@ class RunConfig(Settings):
         if not counted:
             return self
         return checked(self, {"training": {**counted, "num_epochs": None, "checkpointing_epochs": None}})
+
+    @model_validator(mode="after")
+    def _check_changes(self) -> RunConfig:
+        leaves = _leaves(self.model_dump(mode="json"))
+        known = {*IDENTITY, *leaves, *(key.rsplit(".", depth)[0] for key in leaves for depth in (1, 2))}
+        for key in self.training.resume_with_changes:
+            if key not in known:
+                close = difflib.get_close_matches(key, sorted(known), 1)
+                hint = f"; did you mean {close[0]}?" if close else ""
+                raise ValueError(f"`training.resume_with_changes`: there is no key or section {key!r}{hint}")
+        return self
 
     def differences(self, other: dict) -> list[str]:
         """Keys in which this is another experiment than `other` (what `model_dump(mode="json")` gave then)."""

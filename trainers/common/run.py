@@ -23,6 +23,7 @@ from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from diffusers import DiffusionPipeline, ModelMixin
 from PIL import Image
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
@@ -106,7 +107,6 @@ class TrainingRun:
         self._weight: Tensor | None = None
         self._loss_is_bad: Tensor | float = 0.0
         self._rows: list[dict] = []
-        self.is_measuring = False
         self._resumed_from: Path | None = None
         self._best: dict[str, float] = {}
         self._validations: list[Validation] = []
@@ -215,7 +215,7 @@ class TrainingRun:
             for name, module in self._modules.items():
                 resumption.load(name, dict(state_tensors(module)))
             resumption.load_optimizer(self.optimizer, self._names())
-        except (ValueError, OSError, KeyError) as error:
+        except (ValueError, OSError, KeyError, SafetensorError) as error:
             raise self.refuse(f"cannot resume from {checkpoint}: {error}") from error
         if self.precision.scale is not None and state["loss_scale"]:
             self.precision.scale.load(state["loss_scale"])
@@ -256,8 +256,11 @@ class TrainingRun:
                 with self._data_wait():
                     stream = iter(loader)
             while self.step < training.max_train_steps:
-                if self._micro_step == 0 and self.stop.agreed():
-                    self.end_early()
+                if self._micro_step == 0:
+                    with self.rescue:  # the other processes may be gone
+                        stops = self.stop.agreed()
+                    if stops:
+                        self.end_early()
                 with self._data_wait():
                     batch = next(stream)
                 # Randomness is a function of the position, so that nothing of it has to be saved.
@@ -402,11 +405,14 @@ class TrainingRun:
         first_position = self.consumed_samples - (self.step - step) * self.samples_per_update
         samples = [int(key) for key in self.order.keys(first_position, min(self.samples_per_update, 64))]
         self._nonfinite += count
+        spoilt = self._spoilt(self._tensors()[0])
         what = f"non-finite loss or gradient in update {step + 1}; its samples: {samples}"
-        if self.training.on_nonfinite == "skip" and self._nonfinite <= self.training.max_nonfinite_skips:
+        may_skip = self.training.on_nonfinite == "skip" and self._nonfinite <= self.training.max_nonfinite_skips
+        if may_skip and not spoilt:
             logger.warning("%s; skipped (%d so far)", what, self._nonfinite)
             return
-        self._end_nonfinite(f"{what}; the weights are those before it")
+        before = f"{spoilt} was not finite before it" if spoilt else "the weights are those before it"
+        self._end_nonfinite(f"{what}; {before}")
 
     def _end_nonfinite(self, what: str) -> None:
         self._saver.wait()
@@ -414,26 +420,62 @@ class TrainingRun:
         self._close(EXIT_NONFINITE)
         raise self._left(EXIT_NONFINITE, f"{what}; last checkpoint: {newest or 'none'}")
 
-    # ---- checkpoints, validation, end ----
-
-    def save_checkpoint(self, alone: bool = False) -> None:
-        """Write `checkpoint-<step>`; called by all processes, or by the main one `alone` in an emergency.
-
-        Weights, averages or moments that are not finite are never written: the run ends instead.
-        """
-        if self.run_dir / f"checkpoint-{self.step}" in self._saver.saved:
-            self._saver.wait()
-            return
-        if not alone:
-            self._report_nonfinite()
+    def _tensors(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, dict]]:
+        """The state by part (model, ema, optimizer, ...), and the optimiser's values that are no tensors."""
         tensors = {"model": dict(state_tensors(self.trained))}
         if self.ema is not None:
             tensors["ema"] = self.ema.tensors()
         tensors |= {name: dict(state_tensors(module)) for name, module in self._modules.items()}
         tensors["optimizer"], values = optimizer_state(self.optimizer, self._names())
-        spoilt = [part for part, named in tensors.items() if not all_finite(named.values())]
-        if spoilt if alone else self.processes.any(bool(spoilt)):
-            self._end_nonfinite(f"{' and '.join(spoilt) or 'a share'} not finite at update {self.step}: no checkpoint")
+        return tensors, values
+
+    def _spoilt(self, tensors: dict[str, dict[str, Tensor]], alone: bool = False) -> str:
+        """What of the state is not finite on any process, in words; synchronises."""
+        names = [part for part, named in tensors.items() if not all_finite(named.values())]
+        somewhere = bool(names) if alone else self.processes.any(bool(names))
+        return (" and ".join(names) or "the share of another process") if somewhere else ""
+
+    # ---- checkpoints, validation, end ----
+
+    def save_checkpoint(self) -> None:
+        """Write `checkpoint-<step>`; called by all processes.
+
+        Weights, averages or moments that are not finite are never written: the run ends instead.
+        """
+        if self._saver.has(self.step):
+            self._saver.wait()
+            return
+        self._report_nonfinite()
+        tensors, values = self._tensors()
+        if spoilt := self._spoilt(tensors):
+            self._end_nonfinite(f"{spoilt} not finite at update {self.step}: no checkpoint")
+        self._saver.save(self._snapshot(tensors, values))
+        self.restart_clock()
+
+    def end_saving(self) -> None:
+        """Wait for the save under way; its error is raised here."""
+        self._saver.wait()
+
+    def save_alone(self) -> None:
+        """The same by the main process alone, in an emergency.
+
+        Raises:
+            OSError: it could not be written.
+            ValueError: the state is not one to continue from.
+        """
+        if self._saver.has(self.step):
+            return
+        if self.training.on_nonfinite == "stop" and self._guard.read()[0]:
+            raise ValueError("a loss or gradient was not finite")
+        tensors, values = self._tensors()
+        if spoilt := self._spoilt(tensors, alone=True):
+            raise ValueError(f"{spoilt} not finite")
+        self._saver.save(self._snapshot(tensors, values, alone=True), alone=True)
+
+    def _snapshot(
+        self, tensors: dict[str, dict[str, Tensor]], values: dict[str, dict], alone: bool = False
+    ) -> Snapshot:
+        """A copy of the state in host memory."""
         parts = {part: snapshot(named, self.processes.is_main) for part, named in tensors.items()}
         state = self._identity() | {
             "step": self.step,
@@ -444,8 +486,7 @@ class TrainingRun:
             "best": self._best,
         }
         kept = {path for path in (self._resumed_from, self._best_checkpoint()) if path is not None}
-        self._saver.save(Snapshot(self.step, parts, describe_state(state, values, self.config), kept), alone)
-        self.restart_clock()
+        return Snapshot(self.step, parts, describe_state(state, values, self.config), kept)
 
     def validation(
         self,
@@ -476,8 +517,11 @@ class TrainingRun:
 
     def _write_best(self) -> None:
         path = self.run_dir / "best.json"
-        if self.processes.is_main and self._best:
-            checkpoints.discard(path) if path.is_dir() else None
+        if not self.processes.is_main:
+            return
+        if path.is_dir() or not self._best:  # or it named one that the run has fallen back behind
+            checkpoints.discard(path)
+        if self._best:
             write_json(path, self._best)
 
     def _best_checkpoint(self) -> Path | None:
@@ -485,13 +529,14 @@ class TrainingRun:
 
     def finish(self, pipeline: DiffusionPipeline | ModelMixin) -> None:
         """Final checkpoint, pipeline or network for `from_pretrained(output_dir)`, logs closed."""
-        self.save_checkpoint()
-        self._saver.wait()
-        if self.is_sharded:
-            pipeline = self._with_whole_weights(pipeline)
-        if self.processes.is_main:
-            with self.applied_average() if not self.is_sharded else nullcontext():
-                export_pipeline(self.run_dir, pipeline)
+        with self.rescue:
+            self.save_checkpoint()
+            self._saver.wait()
+            if self.is_sharded:
+                pipeline = self._with_whole_weights(pipeline)
+            if self.processes.is_main:
+                with self.applied_average() if not self.is_sharded else nullcontext():
+                    export_pipeline(self.run_dir, pipeline)
         self._close(EXIT_DONE)
 
     def _with_whole_weights(self, pipeline: DiffusionPipeline | ModelMixin) -> DiffusionPipeline | ModelMixin:
@@ -514,9 +559,10 @@ class TrainingRun:
     def end_early(self, alone: bool = False) -> None:
         """Answer a stop: checkpoint, exit code 75; `alone` where the other processes can no longer take part."""
         if alone:
-            self.rescue.leave_alone()
-        self.save_checkpoint()
-        self._saver.wait()
+            self.rescue.leave_alone("stopped while another process may wait for this one")
+        with self.rescue:
+            self.save_checkpoint()
+            self._saver.wait()
         self._close(EXIT_RESUME)
         abandon_workers()
         raise self._left(EXIT_RESUME, f"stopped at update {self.step}; continue with --resume_from_checkpoint latest")
