@@ -80,7 +80,7 @@ def resume_in_the_middle(folder: Path, *others: str, system: str = "shortcut", *
     train(folder / "broken", *others, system=system, **settings, resume_from_checkpoint="latest")
     straight, broken = (folder / name / "checkpoint-6" for name in ("straight", "broken"))
     assert differing(tensors_of(straight), tensors_of(broken)) == []
-    assert [row["step"] for row in rows_of(folder / "straight")] == [2, 4, 6]
+    assert [row["step"] for row in rows_of(folder / "straight") if "loss" in row] == [2, 4, 6]
     assert rows_of(folder / "broken") == rows_of(folder / "straight")
     return straight, broken
 

@@ -6,5 +6,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
         "run": ["TrainingRun", "create_accelerator"],
+        "validation": ["batches_of", "held_out_items", "mean_of", "spread", "step_names", "to_device"],
     },
 )
