@@ -17,9 +17,9 @@ from trainers.common.state import load_optimizer, load_tensors
 
 WHAT = {
     "seed": "training.seed",
-    "num_samples": "the number of samples",
-    "data": "the data (their fingerprint)",
-    "frozen": "the frozen base (its checksum)",
+    "num_samples": "number of samples",
+    "data": "set of data (its fingerprint)",
+    "frozen": "frozen base (its checksum)",
 }
 
 
