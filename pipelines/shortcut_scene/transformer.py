@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -69,6 +68,8 @@ class SceneShortcutTransformer(ModelMixin, ConfigMixin):
 
     _supports_gradient_checkpointing = True
     _no_split_modules = ("SceneBlock",)
+    begins_without_effect = ("scene_attention", "registers", "step_embedder")
+    """Parts of names: layers that the weights of an object-level model or a plain flow may lack."""
     _repeated_blocks = ("SceneBlock",)
 
     @register_to_config
@@ -162,22 +163,6 @@ class SceneShortcutTransformer(ModelMixin, ConfigMixin):
     def is_scene_level(self) -> bool:
         """Whether objects see one another at all."""
         return any(block.scene_attention is not None for block in self.blocks)
-
-    def start_from(self, folder: str) -> None:
-        """Take the weights of a pipeline or network in `folder`; what it lacks begins without effect.
-
-        Lacking may be the layers between objects and the step size's embedder. ValueError names anything else.
-        """
-        subfolder = "transformer" if (Path(folder) / "model_index.json").is_file() else None
-        given = type(self).from_pretrained(folder, subfolder=subfolder)
-        try:
-            missing, unexpected = self.load_state_dict(given.state_dict(), strict=False)
-        except RuntimeError as error:
-            raise ValueError(f"{folder} has another shape: {str(error).splitlines()[1].strip()}") from error
-        new = ("scene_attention", "registers", "step_embedder")
-        foreign = [name for name in missing if not any(part in name for part in new)] + unexpected
-        if foreign:
-            raise ValueError(f"{folder} does not fit: {', '.join(foreign[:4])}")
 
     def _initialize(self) -> None:
         for module in self.modules():

@@ -231,8 +231,9 @@ def test_rows_weigh_by_their_objects_on_request():
     total = sum(errors.values())
     per_scene = scene.scene_loss(*arguments)[0]
     torch.testing.assert_close(per_scene, (total[0, 0] + total[1].mean()) / 2)
-    per_object = scene.scene_loss(*arguments, mean_objects=torch.tensor(2.0))[0]
-    torch.testing.assert_close(per_object, (total[0, 0] + total[1].sum()) / 4)
+    config = config.model_copy(update={"reduction": "object"})
+    loss, _, weight = scene.scene_loss(*arguments[:-1], config)
+    torch.testing.assert_close(loss / weight, (total[0, 0] + total[1].sum()) / 4)
 
 
 def test_metrics_are_sums_and_counts_that_add_up():

@@ -36,10 +36,10 @@ from trainers.common.attention import configure_network
 from trainers.common.config import RunConfig
 from trainers.common.ema import EMA, SwappedEMA
 from trainers.common.guard import Guard
-from trainers.common.launch import Launch, create_accelerator
+from trainers.common.launch import Launch
 from trainers.common.loader import StreamSampler, abandon_workers, create_loader
 from trainers.common.meter import Meter
-from trainers.common.optimization import create_lr_scheduler, create_optimizer, set_schedule_step
+from trainers.common.optimization import base_learning_rate, create_lr_scheduler, create_optimizer, set_schedule_step
 from trainers.common.rescue import Rescue
 from trainers.common.resume import Resumption, best_of, choose_checkpoint, describe_state
 from trainers.common.run_dir import export_pipeline
@@ -50,7 +50,6 @@ from trainers.common.state import all_finite, checksum, frozen_tensors, optimize
 from trainers.common.tracking import TRACKERS, Tracking, read_rows
 from trainers.common.validation import Measured, Validation
 
-__all__ = ["TrainingRun", "create_accelerator"]
 logger = logging.getLogger(__name__)
 
 
@@ -313,7 +312,7 @@ class TrainingRun:
     def _complete_update(self) -> None:
         with self.rescue.unsound():
             grad_norm = self._gradient_norm()
-            learning_rate = self.lr_scheduler.get_last_lr()[0]
+            learning_rate = base_learning_rate(self.lr_scheduler, self.training)
             self._step_unless_nonfinite(grad_norm)
             self.lr_scheduler.step()
             self.optimizer.zero_grad(set_to_none=True)
