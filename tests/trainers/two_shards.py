@@ -19,13 +19,13 @@ import runs
 import torch
 import torch.distributed as dist
 from accelerate.state import PartialState
-from conftest import Flows
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from safetensors import safe_open
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from conftest import Flows
 from trainers.common import TrainingRun, create_accelerator
 from trainers.common.config import RunConfig
 

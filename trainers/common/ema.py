@@ -43,8 +43,9 @@ class EMA:
         shared = [*network.parameters(), *network.buffers()] if trained is not network else []
         owned = {id(buffer) for buffer in trained.buffers()} | copied
         memo = {id(tensor): tensor for tensor in shared if id(tensor) not in owned}
-        self.model = copy.deepcopy(network, memo).eval()
-        self.part = copy.deepcopy(trained, memo)  # in the copy already, or a list of layers of it
+        # together, since a part made of pieces of the network is not in it
+        self.model, self.part = copy.deepcopy((network, trained), memo)
+        self.model.eval()
         self.part.requires_grad_(False)
 
     def __call__(self, *args, **kwargs):

@@ -128,6 +128,8 @@ class TrainingRun:
             model = model.to(device)  # a sharded one goes there block by block
         self.network = configure_network(model, training, precision.dtype, device)
         self.trained = self.network if trained is None else trained
+        for _, tensor in frozen_tensors(self.network, self.trained):
+            tensor.requires_grad_(False)  # else each would get a gradient that nobody uses
         self._frozen = None if trained is None else checksum(frozen_tensors(self.network, self.trained))
         self._skeleton = skeleton(self.trained) if launch.sharding else None
         self._modules = {name: module if launch.sharding else module.to(device) for name, module in modules.items()}
