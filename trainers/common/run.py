@@ -46,7 +46,7 @@ from trainers.common.run_dir import export_pipeline
 from trainers.common.saving import Saver, Snapshot
 from trainers.common.sharding import local, skeleton, state_tensors, whole
 from trainers.common.signals import GRACE, StopRequested
-from trainers.common.state import all_finite, checksum, frozen_tensors, optimizer_state, snapshot
+from trainers.common.state import all_finite, checksum, frozen_tensors, optimizer_state
 from trainers.common.tracking import TRACKERS, Tracking, read_rows
 from trainers.common.validation import Measured, Validation
 
@@ -432,7 +432,7 @@ class TrainingRun:
         spoilt = [part for part, named in tensors.items() if not all_finite(named.values())]
         if spoilt if alone else self.processes.any(bool(spoilt)):
             self._end_nonfinite(f"{' and '.join(spoilt) or 'a share'} not finite at update {self.step}: no checkpoint")
-        parts = {part: snapshot(named, self.processes.is_main) for part, named in tensors.items()}
+        parts = self._saver.copy(tensors, alone)
         state = self._identity() | {
             "step": self.step,
             "consumed_samples": self.consumed_samples,
