@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import runs
 import torch
 
-from trainers.common import checkpoints
+from trainers.common import checkpoints, saving
 from trainers.common.state import all_finite, snapshot
 
 
-def test_saves_in_quick_succession_hold_their_own_updates(tmp_path, flows):
+def test_saves_in_quick_succession_hold_their_own_updates(tmp_path, flows, monkeypatch):
     """Written by a thread while the next updates are made, equal to those written in the way of the training."""
+    write = saving.write
+
+    def write_slowly(*arguments) -> None:
+        time.sleep(0.05)  # the next update is long made
+        write(*arguments)
+
+    monkeypatch.setattr(saving, "write", write_slowly)
     for name, beside in (("beside", True), ("in the way", False)):
         settings = {"max_train_steps": 5, "checkpointing_steps": 1, "checkpoints_total_limit": None}
         run = runs.open_run(tmp_path / name, flows, **settings, async_checkpoints=beside)

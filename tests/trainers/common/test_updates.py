@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 
 import pytest
 import runs
@@ -13,30 +12,18 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch.utils.data import ConcatDataset, Dataset
 
 from backlot.samples import BlockShuffle, SampleKey, WeightedMixture
+from conftest import Flows
 from objectives.rectified_flow import interpolate, squared_error, velocity_target
 from trainers.common.validation import batches_of, held_out_items, mean_of, spread, step_names
 
 # ---- weighted rows ----
 
 WEIGHTS = torch.tensor([3.0, 0.0, 0.5, 0.0, 1.0, 0.0, 7.0, 2.5])
-SETTINGS = {"max_train_steps": 3, "learning_rate": 1e-2, "adam_epsilon": 1e-3, "max_grad_norm": 0.5}
-
-
-class Weighted(Dataset):
-    """Eight samples, one update: weights by position in the update, so that two in a row can weigh nothing."""
-
-    def __init__(self, flows):
-        self.flows = flows
-
-    def __len__(self) -> int:
-        return 8
-
-    def __getitem__(self, key: int) -> dict[str, torch.Tensor]:
-        return self.flows[int(key)]
+SETTINGS = {"max_train_steps": 3, "learning_rate": 1e-2, "adam_epsilon": 1e-3, "max_grad_norm": 0}
 
 
 class InOrder:
-    """Samples as they lie: position p is item p."""
+    """Eight samples as they lie, so that those without weight can be alone in a micro-batch."""
 
     num_samples, seed = 8, 0
 
@@ -51,19 +38,16 @@ def row_errors(run, batch: dict) -> torch.Tensor:
     return squared_error(output, velocity_target(noise, data))
 
 
-def train_weighted(folder, flows, batch_size: int, weights: torch.Tensor, scale: float = 1.0):
+def train_weighted(folder, batch_size: int, weights: torch.Tensor, scale: float = 1.0):
     """Three updates of eight rows of given weights; the run, closed, and its rows."""
     accumulation = {"train_batch_size": batch_size, "gradient_accumulation_steps": 8 // batch_size}
-    run = runs.open_run(folder, Weighted(flows), order=InOrder(), **accumulation, **SETTINGS, logging_steps=1)
+    run = runs.open_run(folder, Flows(8), order=InOrder(), **accumulation, **SETTINGS, logging_steps=1)
     for batch in run.batches():
         with run.accumulate():
             weight = scale * weights[batch["index"]]
             errors = row_errors(run, batch)
-            run.update(
-                (weight * errors).sum(),
-                {"error": torch.stack([errors.detach().sum(), 1.0 * len(errors) * torch.ones(())])},
-                weight=weight.sum(),
-            )
+            metrics = {"error": torch.stack([errors.detach().sum(), torch.tensor(float(len(errors)))])}
+            run.update((weight * errors).sum(), metrics, weight=weight.sum())
     runs.save_and_close(run)
     return run, runs.rows_of(folder)
 
@@ -71,11 +55,8 @@ def train_weighted(folder, flows, batch_size: int, weights: torch.Tensor, scale:
 @pytest.fixture(scope="module")
 def weights_of_the_whole(tmp_path_factory):
     """The same updates by hand: the mean over all eight rows, as one loss."""
-    from conftest import Flows
-
-    flows = Flows()
     run = runs.open_run(
-        tmp_path_factory.mktemp("whole") / "run", Weighted(flows), order=InOrder(), **SETTINGS | {"train_batch_size": 8}
+        tmp_path_factory.mktemp("whole") / "run", Flows(8), order=InOrder(), **SETTINGS | {"train_batch_size": 8}
     )
     for batch in run.batches():
         with run.accumulate():
@@ -85,18 +66,18 @@ def weights_of_the_whole(tmp_path_factory):
 
 
 @pytest.mark.parametrize("batch_size", [8, 4, 2, 1])
-def test_an_update_is_the_mean_over_all_rows_however_they_are_spread(tmp_path, flows, batch_size, weights_of_the_whole):
+def test_an_update_is_the_mean_over_all_rows_however_they_are_spread(tmp_path, batch_size, weights_of_the_whole):
     """Unequal weights; with a row at a time, three of eight micro-batches weigh nothing."""
-    run, rows = train_weighted(tmp_path / "run", flows, batch_size, WEIGHTS)
+    run, rows = train_weighted(tmp_path / "run", batch_size, WEIGHTS)
     mine = torch.cat([parameter.detach().flatten() for parameter in run.network.parameters()])
     assert (mine - weights_of_the_whole).norm() <= 1e-6 * weights_of_the_whole.norm()
-    one = train_weighted(tmp_path / "one", flows, 8, WEIGHTS)[1]
+    one = train_weighted(tmp_path / "one", 8, WEIGHTS)[1]
     for row, expected in zip(rows, one, strict=True):
         assert row == pytest.approx(expected, rel=1e-5)
 
 
-def test_the_unit_of_weights_does_not_matter(tmp_path, flows, weights_of_the_whole):
-    run, _ = train_weighted(tmp_path / "run", flows, 2, WEIGHTS, scale=100.0)
+def test_the_unit_of_weights_does_not_matter(tmp_path, weights_of_the_whole):
+    run, _ = train_weighted(tmp_path / "run", 2, WEIGHTS, scale=100.0)
     mine = torch.cat([parameter.detach().flatten() for parameter in run.network.parameters()])
     assert (mine - weights_of_the_whole).norm() <= 1e-6 * weights_of_the_whole.norm()
 
@@ -126,8 +107,6 @@ def create_order(name: str):
 @pytest.mark.parametrize("name", ["mixture", "shards"])
 def test_an_order_is_followed_and_resumed_exactly(tmp_path, flows, name, workers):
     """Six updates, and three and three: the samples are those of the order, the weights equal bit for bit."""
-    from conftest import Flows
-
     dataset = ConcatDataset([Flows(10), Flows(14)]) if name == "mixture" else flows
     settings = {"gradient_accumulation_steps": 2, "dataloader_num_workers": workers, "logging_steps": 2}
     seen: dict[str, list[int]] = {"straight": [], "broken": []}
@@ -233,7 +212,6 @@ def test_a_validation_that_a_kill_prevented_is_made_up(tmp_path, flows):
     (tmp_path / "run/best.json").unlink()
     assert scores(tmp_path / "run", flows, [0.5], resume_from_checkpoint="latest") == straight
     assert json.loads((tmp_path / "run/best.json").read_text()) == {"step": 6, "score": -0.5}
-    shutil.rmtree(tmp_path / "run")
 
 
 def test_not_a_number_is_never_the_best(tmp_path, flows):
@@ -252,7 +230,7 @@ def test_rows_are_spread_out(total, count, rows):
     assert spread(total, count) == rows
 
 
-def test_held_out_items_are_never_augmented(flows):
+def test_held_out_items_are_never_augmented():
     class Augmented(Dataset):
         def __len__(self) -> int:
             return 10
