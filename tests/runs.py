@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import importlib
+import io
 import json
 import multiprocessing
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -60,6 +62,18 @@ def train(run_dir: Path, *others: str, system: str = "shortcut", **training) -> 
     reset_accelerate()
     script = importlib.import_module(f"trainers.train_{system}")
     script.main(command_line(run_dir, *others, system=system, **training))
+
+
+@contextmanager
+def refused(pattern: str) -> Iterator[None]:
+    """Inside, a program finds its input wrong: exit code 2, and a line on stderr that matches."""
+    import pytest
+
+    errors = io.StringIO()
+    with pytest.raises(SystemExit) as exit_, redirect_stderr(errors):
+        yield
+    assert exit_.value.code == 2, errors.getvalue()
+    assert re.search(pattern, errors.getvalue(), re.MULTILINE), errors.getvalue()
 
 
 EXACT = {"lr_scheduler": "cosine", "lr_warmup_steps": 2, "ema_ramp": True, "checkpoints_total_limit": None}

@@ -10,7 +10,7 @@ DIR is what data_prep.shadows render writes; the mathematics of the losses is in
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import lazy_loader
 from pydantic import Field, model_validator
@@ -92,6 +92,9 @@ class ValidationConfig(Section):
 
 
 class Config(RunConfig):
+    may_change: ClassVar[frozenset[str]] = frozenset(
+        {"validation", "data.path", "data.validation_path", "data.cache_latents"}
+    )
     model: ModelConfig = ModelConfig()
     data: DataConfig
     objective: LossConfig = LossConfig()
@@ -222,6 +225,7 @@ def main(argv: list[str] | None = None) -> None:
     config = load_config(Config, argv)
     accelerator = common.create_accelerator(config)
     dataset, held_out = open_data(config, accelerator)
+    config = config.in_updates(len(dataset), accelerator.num_processes)
     vae = backlot.load_vae(config.model.vae, config.model.pixel_block_size).to(accelerator.device)
     torch.manual_seed(config.training.seed)
     unet = create_unet(config, vae)

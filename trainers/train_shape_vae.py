@@ -10,7 +10,7 @@ DIR is what data_prep.scenes writes. `OccupancyVAE.from_pretrained(output_dir)` 
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import lazy_loader
 from pydantic import Field
@@ -81,6 +81,7 @@ class ValidationConfig(Section):
 
 
 class Config(RunConfig):
+    may_change: ClassVar[frozenset[str]] = frozenset({"validation", "data.path"})
     training: ShapeTrainingConfig
     model: ModelConfig = ModelConfig()
     data: DataConfig
@@ -176,6 +177,7 @@ def main(argv: list[str] | None = None) -> None:
     torch.manual_seed(config.training.seed)
     vae = create_vae(config)
     dataset, held_out = open_data(config, vae.config.sample_size)
+    config = config.in_updates(len(dataset), accelerator.num_processes)
     run = common.TrainingRun(accelerator, config, model=vae, dataset=dataset)
     run.resume()
     check = run.validation(

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from typing import Literal
+from typing import ClassVar, Literal
 
 import lazy_loader
 from pydantic import Field, model_validator
@@ -76,6 +76,7 @@ class ValidationConfig(Section):
 
 
 class Config(RunConfig):
+    may_change: ClassVar[frozenset[str]] = frozenset({"validation", "data.path", "data.max_bad_fraction"})
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
@@ -208,9 +209,10 @@ def create_transformer(config: Config, sample, num_classes: int):
 
 def main(argv: list[str] | None = None) -> None:
     config = load_config(Config, argv)
-    objective, steps = config.objective, config.training.max_train_steps
     accelerator = common.create_accelerator(config)
     dataset, held_out = open_split(config, "train"), open_split(config, "validation")
+    config = config.in_updates(len(dataset), accelerator.num_processes)
+    objective, steps = config.objective, config.training.max_train_steps
     items = common.held_out_items(held_out, config.validation.num_samples)
     sample = items[0].get("latents", items[0].get("pixel_values"))
     held_out = torch.utils.data.default_collate(items)

@@ -11,7 +11,6 @@ DIR is what data_prep.scenes writes. The objective (arXiv 2511.16624, 2410.12557
 from __future__ import annotations
 
 import logging
-import math
 from typing import Annotated, ClassVar, Literal
 
 import lazy_loader
@@ -88,27 +87,19 @@ class ValidationConfig(Section):
     """Rows of sampled scenes."""
 
 
-class GuideConfig(Section):
-    """The user's guide counts in passes over the data; these win over the updates they stand for."""
-
-    num_epochs: int | None = Field(None, gt=0)
-    """Instead of max_train_steps."""
-    save_interval: int | None = Field(None, gt=0)
-    """Instead of checkpointing_steps."""
-
-
 class Config(RunConfig):
+    may_change: ClassVar[frozenset[str]] = frozenset({"validation", "data.data_root"})
     aliases: ClassVar[dict[str, str]] = {  # the guide's names
         "num_workers": "training.dataloader_num_workers",
         "weight_decay": "training.adam_weight_decay",
         "grad_clip": "training.max_grad_norm",
         "log_interval": "training.logging_steps",
+        "save_interval": "training.checkpointing_epochs",
     }
     model: ModelConfig = ModelConfig()
     data: DataConfig
     shortcut: SceneObjectiveConfig = SceneObjectiveConfig()
     validation: ValidationConfig = ValidationConfig()
-    guide: GuideConfig = GuideConfig()
 
     @model_validator(mode="after")
     def _check(self) -> Config:
@@ -212,24 +203,17 @@ def create_transformer(config: Config, sample: dict, codec):
     return transformer
 
 
-def in_updates(config: Config, num_samples: int, num_processes: int) -> Config:
-    """The guide's passes over the data as updates."""
-    guide, training = config.guide, config.training
-    updates = num_samples / (training.train_batch_size * training.gradient_accumulation_steps * num_processes)
-    passes = {"max_train_steps": guide.num_epochs, "checkpointing_steps": guide.save_interval}
-    changes = {key: math.ceil(value * updates) for key, value in passes.items() if value}
-    return config.model_copy(update={"training": training.model_copy(update=changes)})
-
-
 def main(argv: list[str] | None = None) -> None:
     config = load_config(Config, argv)
     accelerator = common.create_accelerator(config)
     codec, dataset, held_out = open_data(config)
-    config = in_updates(config, len(dataset), accelerator.num_processes)
+    config = config.in_updates(len(dataset), accelerator.num_processes)
     torch.manual_seed(config.training.seed)
     with input_errors("model"):
         transformer = create_transformer(config, held_out[0], codec)
         components = shortcut_scene.load_components(config.model.vae, config.model.image_encoder, accelerator.device)
+    if config.shortcut.self_consistency_prob and config.shortcut.fm_warmup_steps >= config.training.max_train_steps:
+        logger.warning("the run ends before shortcut.fm_warmup_steps: it trains a plain flow and no shortcut")
     if config.shortcut.mode == "scene" and not transformer.is_scene_level:
         logger.warning("mode is scene, but no block has attention_scope scene: objects stay independent")
     run = common.TrainingRun(accelerator, config, model=transformer, dataset=dataset)

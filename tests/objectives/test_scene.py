@@ -47,7 +47,7 @@ def run(config: SceneObjectiveConfig, batch: int = 6, seed: int = 0, step: int =
     conditions = known(batch)
     null = scene.without_condition(conditions)
     network = linear_network(calls)
-    return draws, scene.scene_loss(network, network, data, mask, conditions, null, draws, config)
+    return draws, scene.scene_loss(network, network, data, mask, conditions, null, draws, config)[:2]
 
 
 configs = st.builds(

@@ -23,7 +23,9 @@ from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from diffusers import DiffusionPipeline, ModelMixin
 from PIL import Image
+from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset
 from tqdm import tqdm
@@ -44,7 +46,7 @@ from trainers.common.rescue import Rescue
 from trainers.common.resume import Resumption, best_of, choose_checkpoint, describe_state
 from trainers.common.run_dir import export_pipeline
 from trainers.common.saving import Saver, Snapshot
-from trainers.common.sharding import local, skeleton, state_tensors, whole
+from trainers.common.sharding import fill_skeleton, local, skeleton, state_tensors, whole
 from trainers.common.signals import GRACE, StopRequested
 from trainers.common.state import all_finite, checksum, frozen_tensors, optimizer_state
 from trainers.common.tracking import TRACKERS, Tracking, read_rows
@@ -85,6 +87,8 @@ class TrainingRun:
         modules: dict[str, nn.Module] | None = None,
     ):
         launch: Launch = accelerator.launch
+        if config.training.max_train_steps is None:
+            raise ValueError("`config` counts in epochs: call its `in_updates` first")
         self.accelerator, self.config, self.training = accelerator, config, config.training
         self.folder, self.processes, self.stop, self.precision = (
             launch.folder,
@@ -103,7 +107,6 @@ class TrainingRun:
         self._weight: Tensor | None = None
         self._loss_is_bad: Tensor | float = 0.0
         self._rows: list[dict] = []
-        self.is_measuring = False
         self._resumed_from: Path | None = None
         self._best: dict[str, float] = {}
         self._validations: list[Validation] = []
@@ -138,7 +141,7 @@ class TrainingRun:
         if launch.sharding:
             copies = [] if self.ema is None else [self.ema.model]
             for network in (self.network, *copies, *self._modules.values()):
-                launch.sharding.apply(network, precision)
+                launch.sharding.apply(network, precision, trains=network is self.network)
             if training.use_ema and swapped:
                 self.ema = SwappedEMA(self.network, *settings, self.trained)
             self.model = self.network
@@ -214,7 +217,7 @@ class TrainingRun:
             for name, module in self._modules.items():
                 resumption.load(name, dict(state_tensors(module)))
             resumption.load_optimizer(self.optimizer, self._names())
-        except (ValueError, OSError, KeyError) as error:
+        except (ValueError, OSError, KeyError, SafetensorError) as error:
             raise self.refuse(f"cannot resume from {checkpoint}: {error}") from error
         if self.precision.scale is not None and state["loss_scale"]:
             self.precision.scale.load(state["loss_scale"])
@@ -255,8 +258,11 @@ class TrainingRun:
                 with self._data_wait():
                     stream = iter(loader)
             while self.step < training.max_train_steps:
-                if self._micro_step == 0 and self.stop.agreed():
-                    self.end_early()
+                if self._micro_step == 0:
+                    with self.rescue:  # the other processes may be gone
+                        stops = self.stop.agreed()
+                    if stops:
+                        self.end_early()
                 with self._data_wait():
                     batch = next(stream)
                 # Randomness is a function of the position, so that nothing of it has to be saved.
@@ -339,7 +345,8 @@ class TrainingRun:
             mean = self.processes.count / torch.where(weight > 0, weight, 1.0)
             factor, self._weight = mean if factor is None else factor * mean, None
         if factor is not None:
-            torch._foreach_mul_(local(p.grad for p in self._parameters), factor)
+            grads = local(p.grad for p in self._parameters)
+            torch._foreach_mul_(grads, factor.to(grads[0].device))  # offloaded ones are on the host
         limit = self.training.max_grad_norm or float("inf")
         norm = torch.nn.utils.clip_grad_norm_(self._parameters, limit, foreach=True)
         return whole(norm).detach().to(self.accelerator.device)
@@ -400,38 +407,77 @@ class TrainingRun:
         first_position = self.consumed_samples - (self.step - step) * self.samples_per_update
         samples = [int(key) for key in self.order.keys(first_position, min(self.samples_per_update, 64))]
         self._nonfinite += count
+        spoilt = self._spoilt(self._tensors()[0])
         what = f"non-finite loss or gradient in update {step + 1}; its samples: {samples}"
-        if self.training.on_nonfinite == "skip" and self._nonfinite <= self.training.max_nonfinite_skips:
+        may_skip = self.training.on_nonfinite == "skip" and self._nonfinite <= self.training.max_nonfinite_skips
+        if may_skip and not spoilt:
             logger.warning("%s; skipped (%d so far)", what, self._nonfinite)
             return
-        self._end_nonfinite(f"{what}; the weights are those before it")
+        before = f"{spoilt} was not finite before it" if spoilt else "the weights are those before it"
+        self._end_nonfinite(f"{what}; {before}")
 
     def _end_nonfinite(self, what: str) -> None:
         self._saver.wait()
         newest = checkpoints.find_latest(self.run_dir) if self.processes.is_main else None
         self._close(EXIT_NONFINITE)
-        raise leave(EXIT_NONFINITE, f"{what}; last checkpoint: {newest or 'none'}")
+        raise self._left(EXIT_NONFINITE, f"{what}; last checkpoint: {newest or 'none'}")
 
-    # ---- checkpoints, validation, end ----
-
-    def save_checkpoint(self, alone: bool = False) -> None:
-        """Write `checkpoint-<step>`; called by all processes, or by the main one `alone` in an emergency.
-
-        Weights, averages or moments that are not finite are never written: the run ends instead.
-        """
-        if self.run_dir / f"checkpoint-{self.step}" in self._saver.saved:
-            self._saver.wait()
-            return
-        if not alone:
-            self._report_nonfinite()
+    def _tensors(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, dict]]:
+        """The state by part (model, ema, optimizer, ...), and the optimiser's values that are no tensors."""
         tensors = {"model": dict(state_tensors(self.trained))}
         if self.ema is not None:
             tensors["ema"] = self.ema.tensors()
         tensors |= {name: dict(state_tensors(module)) for name, module in self._modules.items()}
         tensors["optimizer"], values = optimizer_state(self.optimizer, self._names())
-        spoilt = [part for part, named in tensors.items() if not all_finite(named.values())]
-        if spoilt if alone else self.processes.any(bool(spoilt)):
-            self._end_nonfinite(f"{' and '.join(spoilt) or 'a share'} not finite at update {self.step}: no checkpoint")
+        return tensors, values
+
+    def _spoilt(self, tensors: dict[str, dict[str, Tensor]], alone: bool = False) -> str:
+        """What of the state is not finite on any process, in words; synchronises."""
+        names = [part for part, named in tensors.items() if not all_finite(named.values())]
+        somewhere = bool(names) if alone else self.processes.any(bool(names))
+        return (" and ".join(names) or "the share of another process") if somewhere else ""
+
+    # ---- checkpoints, validation, end ----
+
+    def save_checkpoint(self) -> None:
+        """Write `checkpoint-<step>`; called by all processes.
+
+        Weights, averages or moments that are not finite are never written: the run ends instead.
+        """
+        if self._saver.has(self.step):
+            self._saver.wait()
+            return
+        self._report_nonfinite()
+        tensors, values = self._tensors()
+        if spoilt := self._spoilt(tensors):
+            self._end_nonfinite(f"{spoilt} not finite at update {self.step}: no checkpoint")
+        self._saver.save(self._snapshot(tensors, values))
+        self.restart_clock()
+
+    def end_saving(self) -> None:
+        """Wait for the save under way; its error is raised here."""
+        self._saver.wait()
+
+    def save_alone(self) -> None:
+        """The same by the main process alone, in an emergency.
+
+        Raises:
+            OSError: it could not be written.
+            ValueError: the state is not one to continue from.
+        """
+        if self._saver.has(self.step):
+            return
+        if self.training.on_nonfinite == "stop" and self._guard.read()[0]:
+            raise ValueError("a loss or gradient was not finite")
+        tensors, values = self._tensors()
+        if spoilt := self._spoilt(tensors, alone=True):
+            raise ValueError(f"{spoilt} not finite")
+        self._saver.save(self._snapshot(tensors, values, alone=True), alone=True)
+
+    def _snapshot(
+        self, tensors: dict[str, dict[str, Tensor]], values: dict[str, dict], alone: bool = False
+    ) -> Snapshot:
+        """A copy of the state in host memory."""
         parts = self._saver.copy(tensors, alone)
         state = self._identity() | {
             "step": self.step,
@@ -442,8 +488,7 @@ class TrainingRun:
             "best": self._best,
         }
         kept = {path for path in (self._resumed_from, self._best_checkpoint()) if path is not None}
-        self._saver.save(Snapshot(self.step, parts, describe_state(state, values, self.config), kept), alone)
-        self.restart_clock()
+        return Snapshot(self.step, parts, describe_state(state, values, self.config), kept)
 
     def validation(
         self,
@@ -474,8 +519,11 @@ class TrainingRun:
 
     def _write_best(self) -> None:
         path = self.run_dir / "best.json"
-        if self.processes.is_main and self._best:
-            checkpoints.discard(path) if path.is_dir() else None
+        if not self.processes.is_main:
+            return
+        if path.is_dir() or not self._best:  # or it named one that the run has fallen back behind
+            checkpoints.discard(path)
+        if self._best:
             write_json(path, self._best)
 
     def _best_checkpoint(self) -> Path | None:
@@ -483,38 +531,40 @@ class TrainingRun:
 
     def finish(self, pipeline: DiffusionPipeline | ModelMixin) -> None:
         """Final checkpoint, pipeline or network for `from_pretrained(output_dir)`, logs closed."""
-        self.save_checkpoint()
-        self._saver.wait()
-        if self.is_sharded:
-            pipeline = self._with_whole_weights(pipeline)
-        if self.processes.is_main:
-            with self.applied_average() if not self.is_sharded else nullcontext():
-                export_pipeline(self.run_dir, pipeline)
+        with self.rescue:
+            self.save_checkpoint()
+            self._saver.wait()
+            if self.is_sharded:
+                pipeline = self._with_whole_weights(pipeline)
+            if self.processes.is_main:
+                with self.applied_average() if not self.is_sharded else nullcontext():
+                    export_pipeline(self.run_dir, pipeline)
         self._close(EXIT_DONE)
 
     def _with_whole_weights(self, pipeline: DiffusionPipeline | ModelMixin) -> DiffusionPipeline | ModelMixin:
         """The same with gathered weights in place of this process's shares; called by all processes."""
         tensors = dict(state_tensors(self.trained)) if self.ema is None else self.ema.tensors()
-        is_main, gathered = self.processes.is_main, {}
         for name, tensor in tensors.items():
             full = whole(tensor)  # all processes take part, one tensor at a time
-            if is_main:
-                gathered[name] = full.detach().cpu()
-        if not is_main:
-            return pipeline
-        self._skeleton.load_state_dict(gathered, assign=True, strict=False)
+            if self.processes.is_main:
+                fill_skeleton(self._skeleton, name, full.detach().cpu())
         if not isinstance(pipeline, DiffusionPipeline):
             return self._skeleton
-        own = [name for name, part in pipeline.components.items() if part in (self.inference_model, self.trained)]
-        pipeline.register_modules(**dict.fromkeys(own, self._skeleton))
+        own = self.trained if self.ema is None else self.ema.part
+        for name, part in pipeline.components.items():
+            if part is own:
+                pipeline.register_modules(**{name: self._skeleton})
+            elif isinstance(part, FSDPModule):
+                raise TypeError(f"the pipeline's {name} is a sharded base: finish with the part that trains")
         return pipeline
 
     def end_early(self, alone: bool = False) -> None:
         """Answer a stop: checkpoint, exit code 75; `alone` where the other processes can no longer take part."""
         if alone:
-            self.rescue.leave_alone()
-        self.save_checkpoint()
-        self._saver.wait()
+            self.rescue.leave_alone("stopped while another process may wait for this one")
+        with self.rescue:
+            self.save_checkpoint()
+            self._saver.wait()
         self._close(EXIT_RESUME)
         abandon_workers()
         raise self._left(EXIT_RESUME, f"stopped at update {self.step}; continue with --resume_from_checkpoint latest")

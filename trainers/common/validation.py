@@ -18,6 +18,7 @@ from backlot.samples import SampleKey
 from trainers.common.precision import Precision
 from trainers.common.processes import Processes
 from trainers.common.rescue import Rescue
+from trainers.common.sharding import give_back
 from trainers.common.signals import StopRequested, StopSignal
 
 Measured = tuple[dict[str, float], dict[str, Image.Image]]
@@ -29,7 +30,6 @@ class Measurable(Protocol):
 
     step: int
     is_sharded: bool
-    is_measuring: bool
     inference_model: ModelMixin
     accelerator: Accelerator
     processes: Processes
@@ -85,29 +85,30 @@ class Validation:
     def make(self) -> None:
         """Measure, keep the best, write the row. The run is as before; running out of memory does not end it."""
         run = self.run
-        run.processes.wait()
-        outcome, pictures = None, {}
-        if run.processes.is_main or run.is_sharded:
-            outcome, pictures = self._measure()
-        outcome = run.processes.share(outcome)
-        if outcome == "stopped":
-            run.end_early()  # now, or the next update would be made first and this validation never
-        if isinstance(outcome, dict):
-            row = {f"{self.name}/{key}": value for key, value in outcome.items()}
-            if self.score is not None:
-                row[f"{self.name}/score"] = score = float(self.score(outcome))
-                run.keep_best(score)
-            run.log(row, pictures)
+        with run.rescue:
+            run.processes.wait()
+            outcome, pictures = None, {}
+            if run.processes.is_main or run.is_sharded:
+                outcome, pictures = self._measure()
+            outcome = run.processes.share(outcome)
+            if outcome == "stopped":
+                run.end_early()  # now, or the next update would be made first and this validation never
+            if isinstance(outcome, dict):
+                row = {f"{self.name}/{key}": value for key, value in outcome.items()}
+                if self.score is not None:
+                    row[f"{self.name}/score"] = score = float(self.score(outcome))
+                    run.keep_best(score)
+                run.log(row, pictures)
         run.restart_clock()
 
     def _measure(self) -> tuple[dict[str, float] | str, dict[str, Image.Image]]:
         """Scalars and pictures; or `stopped` by a signal, or `skipped` for want of memory."""
         run = self.run
         model, device = run.inference_model, run.accelerator.device
-        was_training, run.is_measuring = model.training, True
+        was_training = model.training
         with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
             try:
-                with run.rescue, self._interruptible(), run.applied_average(), run.precision.autocast():
+                with self._interruptible(), run.applied_average(), run.precision.autocast():
                     scalars, pictures = self.function(model.eval())
                 return {name: float(value) for name, value in scalars.items()}, pictures
             except torch.OutOfMemoryError as error:
@@ -117,7 +118,8 @@ class Validation:
                 return "stopped", {}
             finally:
                 model.train(was_training)
-                run.is_measuring = False
+                if run.is_sharded:
+                    give_back(model)
 
     def _interruptible(self) -> AbstractContextManager:
         # the processes of a sharded network measure in step: none may leave alone

@@ -185,7 +185,7 @@ def test_another_base_is_refused(tmp_path, capsys, change):
     with pytest.raises(SystemExit) as exit_:
         open_run(tmp_path / "run", other, max_train_steps=2, resume_from_checkpoint="latest")
     assert exit_.value.code == 2
-    assert "trained with another frozen base" in capsys.readouterr().err
+    assert "the checksum of the frozen base" in capsys.readouterr().err
     settings = {"max_train_steps": 2, "resume_from_checkpoint": "latest", "resume_with_changes": ["frozen"]}
     allowed = open_run(tmp_path / "run", other, **settings)
     assert allowed.step == 1
@@ -267,4 +267,4 @@ class TestQuantised:
         with pytest.raises(SystemExit) as exit_:
             open_run(tmp_path / "run", other, max_train_steps=3, resume_from_checkpoint="latest")
         assert exit_.value.code == 2
-        assert "trained with another frozen base" in capsys.readouterr().err
+        assert "the checksum of the frozen base" in capsys.readouterr().err
