@@ -417,7 +417,8 @@ class TrainingRun:
         self._end_nonfinite(f"{what}; {before}")
 
     def _end_nonfinite(self, what: str) -> None:
-        self._saver.wait()
+        with self.rescue.unsound():  # a save under way may have failed
+            self._saver.wait()
         newest = checkpoints.find_latest(self.run_dir) if self.processes.is_main else None
         self._close(EXIT_NONFINITE)
         raise self._left(EXIT_NONFINITE, f"{what}; last checkpoint: {newest or 'none'}")
