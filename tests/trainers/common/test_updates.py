@@ -142,7 +142,7 @@ def test_another_order_cannot_continue_a_run(tmp_path, flows, capsys):
     with pytest.raises(SystemExit) as exit_:
         runs.open_run(tmp_path / "run", flows, order=other, resume_from_checkpoint="latest")
     assert exit_.value.code == 2
-    assert "another number of samples: 24, now 25" in capsys.readouterr().err
+    assert "num_samples (their number): 24 then, 25 now" in capsys.readouterr().err
 
 
 # ---- rows, pictures and histograms at any time ----
