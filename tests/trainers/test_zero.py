@@ -52,7 +52,9 @@ def launch(folder: Path, stage: int | None, *command: str | Path) -> subprocess.
 
 def train(run_dir: Path, stage: int | None, *others: str, **training) -> dict:
     """The shortcut command; the tensors of its last checkpoint."""
-    arguments = runs.command_line(run_dir, "--validation.validation_steps=3", *others, **{**SETTINGS, **training})
+    # what is recomputed has to be gathered a second time
+    settings = SETTINGS | {"gradient_checkpointing": stage is not None} | training
+    arguments = runs.command_line(run_dir, "--validation.validation_steps=3", *others, **settings)
     result = launch(run_dir.parent, stage, "trainers/train_shortcut.py", *arguments)
     assert result.returncode == 0, result.stdout + result.stderr
     return runs.tensors_of(run_dir / "checkpoint-6")
@@ -170,6 +172,18 @@ def test_an_adapter_in_bfloat16_with_weighted_rows(tmp_path, stage):
     }
     for part, bound in {"model": 1e-6, "ema": 1e-6, "optimizer": 1e-5}.items():
         assert distance(ddp, zero, part) < bound, part
+
+
+@STAGES
+def test_a_signal_to_one_process_stops_both_with_one_checkpoint(tmp_path, stage):
+    arguments = runs.command_line(tmp_path / "run", **{**SETTINGS, "max_train_steps": 12, "checkpointing_steps": 100})
+    result = launch(tmp_path, stage, PROGRAM.with_name("two_ranks.py"), tmp_path, "2", *arguments)
+    ranks = [json.loads((tmp_path / f"2-ranks-{rank}.json").read_text()) for rank in (0, 1)]
+    assert [rank["code"] for rank in ranks] == [75, 75], result.stdout + result.stderr
+    assert 3 <= ranks[0]["steps"] == ranks[1]["steps"] <= 5
+    (checkpoint,) = checkpoints.list_checkpoints(tmp_path / "run")
+    assert checkpoints.step_of(checkpoint) == ranks[0]["steps"]
+    assert checkpoints.verify(checkpoint) == []
 
 
 # ---- what is refused ----

@@ -348,7 +348,7 @@ def _load(folder: Path, part: str, places: Mapping[str, Place]) -> None:
 def _check_weights(network: nn.Module) -> None:
     for name, parameter in network.named_parameters():
         if is_traceable_wrapper_subclass(parameter) or not parameter.is_floating_point() or parameter.itemsize == 1:
-            raise ValueError(f"ZeRO does not go with quantised weights ({name}): use DDP or FSDP2")
+            raise ValueError(f"ZeRO does not go with quantised weights ({name}): use DDP")
         if parameter.requires_grad and parameter.dtype != torch.float32:
             raise ValueError(f"{name} trains in {parameter.dtype}: ZeRO trains float32 weights")
 
