@@ -24,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from torch.utils.data import Dataset
 
 from backlot.files import file_sha256, json_sha256
+from backlot.fingerprint import fingerprint
 
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
@@ -218,6 +219,13 @@ class LatentCache(Dataset):
 
     def __len__(self) -> int:
         return self.manifest.num_samples
+
+    @property
+    def fingerprint(self) -> str:
+        """Of what was encoded, by which VAE and how; another order or size of shards is other data."""
+        made = self.manifest
+        settings = (made.split, made.vae_fingerprint, made.dtype, made.mean_only, made.num_samples)
+        return fingerprint([settings, *(shard.content_sha256 for shard in made.shards)])
 
     def locate(self, row: int) -> tuple[safe_open, int]:
         """The shard that holds a row, and the row's place in it."""

@@ -1,4 +1,4 @@
-"""Pictures of samples: from tensors, and in grids with labels."""
+"""Pictures of samples: decoded, fitted into squares, made from tensors, and in grids with labels."""
 
 from __future__ import annotations
 
@@ -128,3 +128,62 @@ def to_pixel_values(image: Image.Image) -> torch.Tensor:
     """Turn an RGB or L image into (C, H, W) float32 in [-1, 1]."""
     pixels = np.array(image).reshape(image.height, image.width, -1)
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous().float().div_(127.5).sub_(1)
+
+
+# --- an object's picture and its mask -------------------------------------------------------------------------------
+
+
+def object_pixels(image: Image.Image, mask: Image.Image | None, fill: float) -> np.ndarray:
+    """An object's colours laid over grey by its mask, (H, W, 3) float32 in [0, 1].
+
+    Args:
+        image: of any mode; its own alpha is the mask where `mask` is None, and is not looked at otherwise. Without
+            either the object lies on the grey already.
+        mask: white = object, of the image's size.
+        fill: the grey, in [0, 1].
+    """
+    if image.has_transparency_data:
+        pixels = np.asarray(image.convert("RGBA"), np.float32) / 255
+        pixels, alpha = pixels[..., :3], pixels[..., 3:]
+    else:
+        pixels, alpha = np.asarray(to_rgb(image), np.float32) / 255, None
+    if mask is not None:
+        alpha = np.asarray(mask.convert("L"), np.float32)[..., None] / 255
+    return pixels if alpha is None else pixels * alpha + np.float32(fill) * (1 - alpha)
+
+
+def place_in_square(width: int, height: int, side: int) -> tuple[int, int, int, int]:
+    """Left, top, width and height of a picture in the square that `fit_square` makes of it."""
+    width, height = (max(1, round(length * side / max(width, height))) for length in (width, height))
+    return (side - width) // 2, (side - height) // 2, width, height
+
+
+def fit_square(values: np.ndarray, side: int, background: float, resampling: Image.Resampling) -> np.ndarray:
+    """Resize (H, W) or (H, W, C) float32 in [0, 1] until its longer side has `side` pixels, and centre it on a square.
+
+    Args:
+        background: what lies beside a picture that is not square.
+        resampling: Lanczos for colours, box (the mean of the area) for masks and maps.
+    """
+    if values.ndim == 3:
+        channels = np.moveaxis(values, -1, 0)
+        return np.stack([fit_square(channel, side, background, resampling) for channel in channels], axis=-1)
+    left, top, width, height = place_in_square(values.shape[1], values.shape[0], side)
+    if (height, width) != values.shape:
+        image = Image.fromarray(np.ascontiguousarray(values)).resize((width, height), resampling)
+        values = np.asarray(image)
+    square = np.full((side, side), background, np.float32)
+    square[top : top + height, left : left + width] = values
+    return square.clip(0, 1)
+
+
+def fit_object(pixels: np.ndarray, mask: np.ndarray, side: int, fill: float) -> tuple[np.ndarray, np.ndarray]:
+    """The square picture (side, side, 3) and mask (side, side) of an object that networks see, trained or in use.
+
+    Args:
+        pixels: (H, W, 3), the object on the grey `fill`. mask: (H, W). Both float32 in [0, 1].
+    """
+    return (
+        fit_square(pixels, side, fill, Image.Resampling.LANCZOS),
+        fit_square(mask, side, 0.0, Image.Resampling.BOX),
+    )

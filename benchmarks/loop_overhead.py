@@ -5,12 +5,11 @@ Three loops take turns, a few updates at a time, so that a busy machine slows al
   ours     trainers.common.TrainingRun: the same, and logging, the non-finite guard, seeding, signals, data position
   recipe   the usual Accelerate example: prepared loader, default AdamW, diffusers' EMAModel, loss.item() for the log
 
-    python -m benchmarks.loop_overhead [--rounds 30] [--updates 10] [--json FILE]
+    python -m benchmarks.loop_overhead [--rounds 30] [--updates 10] [--output FILE]
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
 import json
 import os
@@ -23,10 +22,12 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from diffusers.training_utils import EMAModel
+from pydantic import Field
 from torch.utils.data import DataLoader
 
 import objectives
-from backlot.config import load_config
+from backlot.command_line import parse
+from backlot.config import Section, load_config
 from data_prep import images
 from objectives.settings import ObjectiveConfig
 from pipelines.shortcut import ShortcutDiT
@@ -34,6 +35,15 @@ from trainers import common
 from trainers.common.config import RunConfig
 
 BATCH = 128
+
+
+class Settings(Section):
+    rounds: int = Field(30, ge=1)
+    """turns of each loop"""
+    updates: int = Field(10, ge=1)
+    """of each loop per round"""
+    output: Path | None = None
+    """also write the figures and every round's times here, as JSON"""
 
 
 class Config(RunConfig):
@@ -110,11 +120,7 @@ def recipe_loop(config: Config) -> Iterator[None]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--updates", type=int, default=10, help="updates of each loop per round")
-    parser.add_argument("--json", type=Path, help="also write the figures and every round's times here")
-    arguments = parser.parse_args(argv)
+    arguments = parse(Settings, argv, "python -m benchmarks.loop_overhead", __doc__)
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))
 
     with tempfile.TemporaryDirectory() as folder:
@@ -141,8 +147,8 @@ def main(argv: list[str] | None = None) -> None:
             f"{min(times[name]) / min(times['bare']):.3f}  ({1e3 * min(times[name]):.2f} ms, bare "
             f"{1e3 * min(times['bare']):.2f} ms per update; {arguments.rounds} rounds of {arguments.updates})"
         )
-    if arguments.json:
-        arguments.json.write_text(json.dumps(figures, indent=1) + "\n")
+    if arguments.output:
+        arguments.output.write_text(json.dumps(figures, indent=1) + "\n")
 
 
 if __name__ == "__main__":

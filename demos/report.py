@@ -7,12 +7,13 @@ import html
 import io
 from pathlib import Path
 
+from matplotlib.figure import Figure
 from PIL import Image
 
 STYLE = """
-:root { color-scheme: light dark; --ink: #1d2733; --soft: #5b6875; --line: #d9dfe5; --page: #fff; --accent: #0b6bcb; --other: #c2571a }
+:root { color-scheme: light dark; --ink: #1d2733; --soft: #5b6875; --line: #d9dfe5; --page: #fff; --accent: #0b6bcb }
 @media (prefers-color-scheme: dark) {
-  :root { --ink: #e6ebf0; --soft: #9aa7b4; --line: #36414c; --page: #14191f; --accent: #62b0ff; --other: #ffa066 }
+  :root { --ink: #e6ebf0; --soft: #9aa7b4; --line: #36414c; --page: #14191f; --accent: #62b0ff }
 }
 body { margin: 0 auto; max-width: 62rem; padding: 1rem 1.2rem 4rem; background: var(--page); color: var(--ink);
   font: 16px/1.55 system-ui, sans-serif }
@@ -24,7 +25,6 @@ img { width: 100%; height: auto; border: 1px solid var(--line); border-radius: 4
 th, td { text-align: right; padding: .3rem .6rem; border-bottom: 1px solid var(--line); white-space: nowrap }
 th:first-child, td:first-child { text-align: left } td.best { color: var(--accent); font-weight: 600 }
 pre { background: color-mix(in srgb, var(--line) 45%, transparent); padding: .8rem; overflow-x: auto; border-radius: 4px }
-svg { width: 100%; height: auto } svg text { fill: var(--soft); font-size: 12px } .a { stroke: var(--accent) } .b { stroke: var(--other) }
 """
 
 
@@ -67,31 +67,15 @@ def table(header: list[str], rows: list[list[str]], best: set[tuple[int, int]] =
 
 
 def line_chart(curves: dict[str, list[tuple[float, float]]], caption: str) -> str:
-    """Up to two curves {name: [(x, y), ...]} as an inline SVG with axes from zero."""
-    width, height, left, bottom = 640, 260, 46, 30
-    x_max = max(x for curve in curves.values() for x, _ in curve)
-    y_max = max(y for curve in curves.values() for _, y in curve) * 1.05
-
-    def place(x: float, y: float) -> tuple[float, float]:
-        return left + (width - left - 10) * x / x_max, 10 + (height - bottom - 10) * (1 - y / y_max)
-
-    parts = []
-    for i in range(5):
-        (_, y), value = place(0, y_max * i / 4), y_max * i / 4
-        parts.append(f'<line x1="{left}" x2="{width - 10}" y1="{y:.1f}" y2="{y:.1f}" stroke="var(--line)"/>')
-        parts.append(f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{value:.2f}</text>')
-        (x, _), value = place(x_max * i / 4, 0), x_max * i / 4
-        parts.append(f'<text x="{x:.1f}" y="{height - 8}" text-anchor="middle">{value:.0f}</text>')
-    for (name, curve), kind, line in zip(curves.items(), ("a", "b"), (0, 1), strict=False):
-        points = " ".join(f"{x:.1f},{y:.1f}" for x, y in (place(*point) for point in curve))
-        parts.append(f'<polyline class="{kind}" points="{points}" fill="none" stroke-width="1.8"/>')
-        top = 22 + 18 * line
-        parts.append(
-            f'<line class="{kind}" x1="{width - 190}" x2="{width - 165}" y1="{top}" y2="{top}" stroke-width="3"/>'
-        )
-        parts.append(f'<text x="{width - 158}" y="{top + 4}">{html.escape(name)}</text>')
-    text = html.escape(caption)
-    return (
-        f'<figure><svg viewBox="0 0 {width} {height}" role="img" aria-label="{text}">{"".join(parts)}</svg>'
-        f"<figcaption>{text}</figcaption></figure>"
-    )
+    """Curves {name: [(x, y), ...]} in one picture with axes from zero."""
+    figure = Figure(figsize=(8, 3.2), dpi=150, layout="constrained")
+    axes = figure.add_subplot()
+    for name, curve in curves.items():
+        axes.plot(*zip(*curve, strict=True), label=name)
+    axes.set(xlabel="updates", xlim=0, ylim=0)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", alpha=0.3)
+    axes.legend(frameon=False)
+    buffer = io.BytesIO()
+    figure.savefig(buffer)
+    return picture(Image.open(buffer), caption)

@@ -9,25 +9,21 @@ report.html, metrics.json and a GLB of every scene shown.
 
 from __future__ import annotations
 
-import argparse
-import json
-import os
-import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import torch
-import yaml
 from PIL import Image
 
+from backlot.command_line import parse
 from backlot.pictures import image_grid
 from backlot.rendering import render_scene
 from data_prep.scenes.dataset import SceneDataset
 from data_prep.scenes.encode import encode_scenes
 from data_prep.scenes.synth import build_synth
-from demos import report
+from demos import common, report
 from evaluation.shortcut_scene import show
 from evaluation.shortcut_scene.measure import evaluate, measure_vae
 from pipelines.shortcut_scene import ShortcutScenePipeline
@@ -50,7 +46,9 @@ NAMES = {
 }
 
 
-ONE_CORE = {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+class Settings(common.DemoSettings):
+    output_dir: Path = Path("outputs/demo-scene")
+    """emptied first, if it is that of an earlier demo"""
 
 
 def train_vae(data: Path, output_dir: Path) -> None:
@@ -58,11 +56,7 @@ def train_vae(data: Path, output_dir: Path) -> None:
     arguments = ["--data.path", str(data), "--output_dir", str(output_dir)]
     if VAE_STEPS:
         arguments += ["--max_train_steps", str(VAE_STEPS), "--lr_warmup_steps", "0", "--lr_decay_steps", "0"]
-    command = [sys.executable, "-m", "accelerate.commands.launch", "-q", "--main_process_port", "0"]
-    command += ["--config_file", "accelerate_configs/cpu_2proc.yaml", "trainers/train_shape_vae.py"]
-    command += ["--config", str(VAE_CONFIG), *arguments]
-    if subprocess.run(command, env=os.environ | ONE_CORE, check=False).returncode:
-        raise SystemExit("training the VAE failed, see above")
+    common.train_on_two("train_shape_vae", VAE_CONFIG, *arguments)
 
 
 def train(data: Path, vae: Path, output_dir: Path, max_train_steps: int) -> None:
@@ -75,10 +69,11 @@ def train(data: Path, vae: Path, output_dir: Path, max_train_steps: int) -> None
         command += ["--lr_warmup_steps", str(min(100, max_train_steps // 5))]
         command += ["--logging_steps", str(max(1, max_train_steps // 40)), *others]
         log = None if name == "scene" else (output_dir / f"{name}.log").open("w")  # one progress bar is enough
-        running[name] = subprocess.Popen(command, env=os.environ | ONE_CORE, stdout=log, stderr=log)
-    failed = [name for name, process in running.items() if process.wait()]
+        running[name] = subprocess.Popen(command, env=common.ONE_CORE, stdout=log, stderr=log)
+    failed = {name: process.returncode for name, process in running.items() if process.wait()}
     if failed:
-        raise SystemExit(f"training of {', '.join(failed)} failed, see above or {output_dir}/NAME.log")
+        message = f"training of {', '.join(failed)} failed, see above or {output_dir}/NAME.log"
+        raise common.child_failed(next(iter(failed.values())), message)
 
 
 def load(output_dir: Path) -> dict[str, ShortcutScenePipeline]:
@@ -164,7 +159,7 @@ def write_report(output_dir: Path, pipelines: dict[str, ShortcutScenePipeline], 
         "boxes overlap by more than a tenth. Floor gap and distance in metres. "
         f"The shape VAE's IoU on unseen shapes: {metrics['vae_iou']:.3f}.</p>"
     )
-    curves = {name: read_losses(output_dir / name) for name in ("object", "scene")}
+    curves = {name: common.read_curve(output_dir / name) for name in ("object", "scene")}
     commands = (
         "<pre>python -m data_prep.scenes build --glb DIR_OF_GLB --out DIR\n"
         "python -m data_prep.scenes encode DIR --vae VAE\n"
@@ -187,21 +182,11 @@ def write_report(output_dir: Path, pipelines: dict[str, ShortcutScenePipeline], 
     )
 
 
-def read_losses(run: Path) -> list[tuple[int, float]]:
-    rows = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
-    return [(row["step"], row["loss"]) for row in rows if "loss" in row][1:]
-
-
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, default=Path("outputs/demo-scene"))
-    planned = yaml.safe_load(CONFIG.read_text())["training"]["max_train_steps"]
-    parser.add_argument("--max_train_steps", type=int, default=planned)
-    arguments = parser.parse_args(argv)
-    output_dir, seconds, began = arguments.output_dir, {}, time.perf_counter()
-    if output_dir.exists() and not (output_dir / "data" / "train").is_dir():
-        raise SystemExit(f"{output_dir} exists and is no earlier demo: choose another --output_dir")
-    shutil.rmtree(output_dir, ignore_errors=True)
+    settings = parse(Settings, argv, "python -m demos.scene", __doc__)
+    output_dir, seconds, began = settings.output_dir, {}, time.perf_counter()
+    max_train_steps = settings.max_train_steps or common.planned_updates(CONFIG)
+    common.empty_folder(output_dir, "data/train")
     torch.set_num_threads(2)
 
     def lap(name: str) -> None:
@@ -214,15 +199,15 @@ def main(argv: list[str] | None = None) -> None:
     lap("train the VAE")
     encode_scenes(data, vae)
     lap("encode")
-    train(data, vae, output_dir, arguments.max_train_steps)
+    train(data, vae, output_dir, max_train_steps)
     lap("train the scene models")
     pipelines = load(output_dir)
     metrics = measure(pipelines, data)
     lap("measure")
     write_report(output_dir, pipelines, metrics)
     lap("report")
-    metrics |= {"updates": arguments.max_train_steps, "seconds": seconds | {"total": time.perf_counter() - began}}
-    (output_dir / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
+    metrics |= {"updates": max_train_steps, "seconds": seconds | {"total": time.perf_counter() - began}}
+    common.write_metrics(output_dir, metrics)
     for name, table in metrics["tables"].items():
         for steps, row in table.items():
             scores = f"coverage {row['coverage']:.3f}, collisions {row['collision']:.3f}"

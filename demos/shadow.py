@@ -8,24 +8,20 @@ and writes report.html and metrics.json.
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
-import shutil
-import subprocess
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
-import yaml
 from PIL import Image
+from pydantic import Field
 
+from backlot.command_line import parse
 from backlot.pictures import image_grid, to_images
 from data_prep.shadows.dataset import ShadowDataset
 from data_prep.shadows.render import render_dataset
-from demos import report
+from demos import common, report
 from evaluation.shadow_sdxl import cast
 from evaluation.shadow_sdxl.measure import compute_mean_map, evaluate
 from pipelines.shadow_sdxl import ShadowSDXLPipeline, composite
@@ -40,6 +36,13 @@ NUM_DRAWS = 3
 MAP_ROWS = {"zero": "all zeros", "mean_map": "mean map", "1": "1 step", "4": "4 steps", "phi_shuffled": "phi + 120"}
 
 
+class Settings(common.DemoSettings):
+    output_dir: Path = Path("outputs/demo-shadow")
+    """emptied first, if it is that of an earlier demo"""
+    num_train: int = Field(NUM_TRAIN, ge=1)
+    """maps to train on, four of each object"""
+
+
 def render(folder: Path, num_train: int) -> None:
     """The training set, a test set of other objects, and some of these once more in large pictures."""
     render_dataset(folder / "train", num_samples=num_train, seed=1, spp=64, **VIEW)
@@ -50,15 +53,11 @@ def render(folder: Path, num_train: int) -> None:
 
 
 def train(data: Path, run_dir: Path, max_train_steps: int) -> None:
-    """The command a user would give, on two processes."""
-    command = [sys.executable, "-m", "accelerate.commands.launch", "-q", "--main_process_port", "0"]
-    command += ["--config_file", "accelerate_configs/cpu_2proc.yaml", "trainers/train_shadow_sdxl.py"]
-    command += ["--config", str(CONFIG), "--data.path", str(data), "--output_dir", str(run_dir)]
-    command += ["--max_train_steps", str(max_train_steps), "--lr_decay_steps", str(max_train_steps * 3 // 5)]
-    command += ["--lr_warmup_steps", str(min(50, max_train_steps // 5))]
-    environment = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
-    if subprocess.run(command, env=environment, check=False).returncode:
-        raise SystemExit("training failed, see above")
+    """The decay and the warm-up keep their shares of a run of any length."""
+    arguments = ["--data.path", str(data), "--output_dir", str(run_dir), "--max_train_steps", str(max_train_steps)]
+    arguments += ["--lr_decay_steps", str(max_train_steps * 3 // 5)]
+    arguments += ["--lr_warmup_steps", str(min(50, max_train_steps // 5))]
+    common.train_on_two("train_shadow_sdxl", CONFIG, *arguments)
 
 
 def measure(pipeline: ShadowSDXLPipeline, data: Path) -> dict:
@@ -115,8 +114,9 @@ def sweep(pipeline: ShadowSDXLPipeline, image: Image.Image, lights: list[dict], 
     return [composite(image, shadow, background) for shadow in maps]
 
 
-def write_report(output_dir: Path, pipeline: ShadowSDXLPipeline, metrics: dict) -> None:
-    data, grounds = output_dir / "data", backgrounds(FINE)
+def draw_objects(data: Path, pipeline: ShadowSDXLPipeline) -> dict[str, Image.Image]:
+    """Objects never seen: beside the true shadow, under lights that turn, sink and grow, and on other grounds."""
+    grounds = backgrounds(FINE)
     metadata = json.loads((data / "shown" / "metadata.json").read_text())
     stems = sorted(metadata)
     shown = [stem for i, stem in enumerate(stems) if i % LIGHTS == i // LIGHTS % LIGHTS]  # one light of each object
@@ -134,29 +134,35 @@ def write_report(output_dir: Path, pipeline: ShadowSDXLPipeline, metrics: dict) 
     turns = [{"theta": 35, "phi": phi, "size": 3} for phi in range(0, 360, 45)]
     heights = [{"theta": theta, "phi": 20, "size": 2} for theta in (0, 9, 18, 27, 36, 45)]
     sizes = [{"theta": 35, "phi": 200, "size": size} for size in (2, 3, 4, 5, 6, 7, 8)]
-    sweeps = {
-        "phi": image_grid([sweep(pipeline, x, turns, grounds[0]) for x in objects[:4]], None, 96),
-        "theta": image_grid([sweep(pipeline, x, heights, grounds[1]) for x in objects[2:5]], None, 96),
-        "size": image_grid([sweep(pipeline, x, sizes, grounds[2]) for x in objects[4:7]], None, 96),
-    }
     placed = [
         [sweep(pipeline, x, [{"theta": 38, "phi": phi, "size": 3}], ground)[0] for x in objects]
         for ground, phi in zip(grounds, (30, 150, 320), strict=True)
     ]
+    return {
+        "unseen": unseen,
+        "phi": image_grid([sweep(pipeline, x, turns, grounds[0]) for x in objects[:4]], None, 96),
+        "theta": image_grid([sweep(pipeline, x, heights, grounds[1]) for x in objects[2:5]], None, 96),
+        "size": image_grid([sweep(pipeline, x, sizes, grounds[2]) for x in objects[4:7]], None, 96),
+        "placed": image_grid(placed, None, 96),
+    }
+
+
+def draw_test(data: Path, pipeline: ShadowSDXLPipeline) -> Image.Image:
+    """All test shadows, pairs of rows: true above, one step below."""
     dataset = ShadowDataset(data / "test", split="all")
     one = cast(pipeline, dataset, batch_size=32)
     true = torch.stack([dataset[i]["shadow_map"] for i in range(len(dataset))])
     rows = [to_images(maps[i : i + 16]) for i in range(0, len(dataset), 16) for maps in (true, one)]
-    every = image_grid(rows, ["true", "1 step"] * (len(rows) // 2), 48)
+    return image_grid(rows, ["true", "1 step"] * (len(rows) // 2), 48)
+
+
+def write_report(output_dir: Path, pipeline: ShadowSDXLPipeline, metrics: dict) -> None:
+    pictures = draw_objects(output_dir / "data", pipeline)
+    every = draw_test(output_dir / "data", pipeline)
     baselines = {"zero": metrics["baselines"]["zero"], "mean_map": metrics["baselines"]["mean_map"]}
     rows = baselines | {"1": metrics["one_step"], "4": metrics["four_steps"], "phi_shuffled": metrics["phi_shuffled"]}
     keys = ["zncc", "iou", "rmse", "s_rmse", "ssim"]
     table = [[MAP_ROWS[name], *(f"{row[key]:.3f}" for key in keys)] for name, row in rows.items()]
-    losses = [
-        (row["step"], row["loss"])
-        for row in map(json.loads, (output_dir / "run" / "metrics.jsonl").read_text().splitlines())
-        if "loss" in row
-    ]
     widths = ", ".join("none" if width is None else f"{width:.1f}" for width in metrics["size_sweep"]["edge_width_px"])
     lead = (
         f"{metrics['num_objects']} objects the network never saw, each under {LIGHTS} lights, one step: correlation "
@@ -182,43 +188,43 @@ def write_report(output_dir: Path, pipeline: ShadowSDXLPipeline, metrics: dict) 
         "pipeline(image, theta=30, phi=45, size=4).images[0]</pre>"
     )
     sections = [
-        ("Never seen", report.picture(unseen, "The network works on 48 pixels; the pictures here have 256")),
-        ("The light turns: phi 0 to 315", report.picture(sweeps["phi"], "phi 0: light on the right; 90: behind")),
-        ("The light sinks: theta 0 to 45", report.picture(sweeps["theta"], "theta 0: overhead")),
-        ("The light grows: size 2 to 8", report.picture(sweeps["size"], "The larger the light, the softer the edge")),
-        ("On other ground", report.picture(image_grid(placed, None, 96), "Multiplied into the background")),
+        (
+            "Never seen",
+            report.picture(pictures["unseen"], "The network works on 48 pixels; these pictures have 256"),
+        ),
+        ("The light turns: phi 0 to 315", report.picture(pictures["phi"], "phi 0: light on the right; 90: behind")),
+        ("The light sinks: theta 0 to 45", report.picture(pictures["theta"], "theta 0: overhead")),
+        ("The light grows: size 2 to 8", report.picture(pictures["size"], "The larger the light, the softer the edge")),
+        ("On other ground", report.picture(pictures["placed"], "Multiplied into the background")),
         ("Figures", report.table(["", *(key.replace("_", "-").upper() for key in keys)], table) + note),
-        ("All test shadows", report.picture(every, "Pairs of rows: true above, one step below")),
-        ("Training", report.line_chart({"loss": losses[1:]}, "Training loss over updates")),
+        (
+            "All test shadows",
+            report.picture(every, "Pairs of rows: true above, one step below"),
+        ),
+        ("Training", report.line_chart({"loss": common.read_curve(output_dir / "run")}, "Training loss over updates")),
         ("How to go on", commands),
     ]
     (output_dir / "report.html").write_text(report.page("Shadows in one step", lead, sections), encoding="utf-8")
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, default=Path("outputs/demo-shadow"))
-    planned = yaml.safe_load(CONFIG.read_text())["training"]["max_train_steps"]
-    parser.add_argument("--num_train", type=int, default=NUM_TRAIN, help="maps to train on, four of each object")
-    parser.add_argument("--max_train_steps", type=int, default=planned)
-    arguments = parser.parse_args(argv)
-    output_dir, began = arguments.output_dir, time.perf_counter()
-    if output_dir.exists() and not (output_dir / "data" / "train" / "dataset.json").is_file():
-        raise SystemExit(f"{output_dir} exists and is no earlier demo: choose another --output_dir")
-    shutil.rmtree(output_dir, ignore_errors=True)
+    settings = parse(Settings, argv, "python -m demos.shadow", __doc__)
+    output_dir, began = settings.output_dir, time.perf_counter()
+    max_train_steps = settings.max_train_steps or common.planned_updates(CONFIG)
+    common.empty_folder(output_dir, "data/train/dataset.json")
     torch.set_num_threads(2)
 
     seconds = {}
-    render(output_dir / "data", arguments.num_train)
+    render(output_dir / "data", settings.num_train)
     seconds["render"] = time.perf_counter() - began
-    train(output_dir / "data" / "train", output_dir / "run", arguments.max_train_steps)
+    train(output_dir / "data" / "train", output_dir / "run", max_train_steps)
     seconds["train"] = time.perf_counter() - began - seconds["render"]
     pipeline = ShadowSDXLPipeline.from_pretrained(output_dir / "run")
     pipeline.set_progress_bar_config(disable=True)
-    metrics = measure(pipeline, output_dir / "data") | {"updates": arguments.max_train_steps, "seconds": seconds}
+    metrics = measure(pipeline, output_dir / "data") | {"updates": max_train_steps, "seconds": seconds}
     write_report(output_dir, pipeline, metrics)
     seconds["total"] = time.perf_counter() - began
-    (output_dir / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
+    common.write_metrics(output_dir, metrics)
     for name in ("one_step", "four_steps", "phi_shuffled"):
         row = metrics[name]
         print(f"{name:>12}: ZNCC {row['zncc']:.3f}, IoU {row['iou']:.3f}, RMSE {row['rmse']:.4f}")

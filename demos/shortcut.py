@@ -8,25 +8,22 @@ how far the samples are from the real digits, and writes report.html and metrics
 
 from __future__ import annotations
 
-import argparse
-import json
 import math
 import multiprocessing
 import os
-import shutil
 import time
 from multiprocessing.sharedctypes import Synchronized
 from pathlib import Path
 
 import torch
-import yaml
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
+from backlot.command_line import parse
 from backlot.pictures import image_grid
 from data_prep.images.digits import load_digits
-from demos import report
+from demos import common, report
 from evaluation.shortcut.measure import DigitsReference, draw_samples
 from pipelines.shortcut import ShortcutPipeline
 from trainers import train_shortcut
@@ -37,6 +34,11 @@ STEPS = (1, 2, 4, 8, 128)
 IRREGULAR = [0.5, 0.3, 0.15, 0.05]
 NUM_SAMPLES = 1797  # as many as there are real digits
 BATCH = 64  # fits the cache of one core
+
+
+class Settings(common.DemoSettings):
+    output_dir: Path = Path("outputs/demo")
+    """emptied first, if it is that of an earlier demo"""
 
 
 def run_arm(arm: str, output_dir: Path, max_train_steps: int, sampled: Synchronized) -> None:
@@ -71,14 +73,6 @@ def settings_of(arm: str) -> dict[str, dict]:
     return regular | ({"irregular": {"step_sizes": IRREGULAR}} if arm == "shortcut" else {})
 
 
-def read_metrics(run_dir: Path) -> list[dict]:
-    """The training rows of a run's metrics.jsonl so far."""
-    path = run_dir / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
-    rows = [json.loads(line) for line in lines if line.endswith("}")]
-    return [row for row in rows if "loss" in row]
-
-
 def run_both(output_dir: Path, max_train_steps: int) -> dict[str, float]:
     """Run the arms side by side, one progress bar at a time. Returns the seconds until each was trained and sampled."""
     context, began, seconds = multiprocessing.get_context("spawn"), time.perf_counter(), {}
@@ -100,7 +94,7 @@ def run_both(output_dir: Path, max_train_steps: int) -> dict[str, float]:
             with tqdm(total=total, unit=unit, desc=phase, smoothing=0.1) as bar:
                 while not all(is_over(phase, arm) for arm in ARMS):
                     time.sleep(0.5)
-                    rows = {arm: read_metrics(output_dir / arm)[-1:] for arm in ARMS}
+                    rows = {arm: common.read_rows(output_dir / arm)[-1:] for arm in ARMS}
                     trained = sum(row["step"] for last in rows.values() for row in last)
                     bar.update((trained if phase == "training" else sum(v.value for v in sampled.values())) - bar.n)
                     losses = {arm: f"{row['loss_flow']:.3f}" for arm, last in rows.items() for row in last}
@@ -108,7 +102,8 @@ def run_both(output_dir: Path, max_train_steps: int) -> dict[str, float]:
                     for arm, process in processes.items():
                         if process.exitcode:
                             log = (output_dir / arm / "train.log").read_text()[-3000:]
-                            raise SystemExit(f"{arm} failed with exit code {process.exitcode}:\n{log}")
+                            message = f"{arm} failed with exit code {process.exitcode}:\n{log}"
+                            raise common.child_failed(process.exitcode, message)
                         if process.exitcode == 0:
                             seconds.setdefault(arm, time.perf_counter() - began)
                 bar.update(total - bar.n)  # the last rows may lie between two log points
@@ -152,9 +147,7 @@ def write_report(output_dir: Path, samples: dict, metrics: dict) -> None:
 
     real, classes = load_digits("all")
     real = torch.stack([real[classes == i % 10][i // 10] for i in range(100)])
-    curves = {
-        ARMS[arm]: [(row["step"], row["loss_flow"]) for row in read_metrics(output_dir / arm)][1:] for arm in ARMS
-    }
+    curves = {ARMS[arm]: common.read_curve(output_dir / arm, "loss_flow") for arm in ARMS}
     rows, best = [], set()
     for i, steps in enumerate(map(str, STEPS)):
         values = [metrics[d][arm][steps] for d in ("energy_distance", "frechet") for arm in ARMS]
@@ -213,24 +206,18 @@ def write_report(output_dir: Path, samples: dict, metrics: dict) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, default=Path("outputs/demo"))
-    parser.add_argument(
-        "--max_train_steps", type=int, default=yaml.safe_load(CONFIG.read_text())["training"]["max_train_steps"]
-    )
-    arguments = parser.parse_args(argv)
-    output_dir, began = arguments.output_dir, time.perf_counter()
-    if output_dir.exists() and not (output_dir / "flow_matching").is_dir():
-        raise SystemExit(f"{output_dir} exists and is no earlier demo: choose another --output_dir")
-    shutil.rmtree(output_dir, ignore_errors=True)
+    settings = parse(Settings, argv, "python -m demos.shortcut", __doc__)
+    output_dir, began = settings.output_dir, time.perf_counter()
+    max_train_steps = settings.max_train_steps or common.planned_updates(CONFIG)
+    common.empty_folder(output_dir, "flow_matching")
 
-    seconds = run_both(output_dir, arguments.max_train_steps)
+    seconds = run_both(output_dir, max_train_steps)
     samples = {arm: load_file(output_dir / arm / "samples.safetensors") for arm in ARMS}
     metrics = measure(samples, DigitsReference())
-    metrics |= {"seconds": seconds, "updates": arguments.max_train_steps}
+    metrics |= {"seconds": seconds, "updates": max_train_steps}
     write_report(output_dir, samples, metrics)
     seconds["total"] = time.perf_counter() - began
-    (output_dir / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
+    common.write_metrics(output_dir, metrics)
     for steps in map(str, STEPS):
         values = [metrics["energy_distance"][arm][steps] for arm in ARMS]
         print(f"{steps:>4} steps: energy distance {values[0]:.4f} flow matching, {values[1]:.4f} shortcut")

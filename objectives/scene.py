@@ -48,36 +48,35 @@ def draw(
         return torch.rand(shape, generator=generator)
 
     probability = config.self_consistency_prob if step >= config.fm_warmup_steps else 0.0
-    if config.count == "floor" and config.mode == "scene":
+    if config.follows_reference and config.mode == "scene":
         count = batch * int(coins(1).item() < probability)  # all or nothing
     else:
-        count = int(batch * probability + (coins(1).item() if config.count == "stochastic" else 0))
+        count = int(batch * probability + (0 if config.follows_reference else coins(1).item()))
     step_size = draw_step_sizes(count, config, generator)
-    if config.t_sampling == "aligned":
+    if config.follows_reference:
+        start = draw_times((count,), config)
+    else:
         sections = 1 / step_size
         start = torch.floor(torch.rand(count) * sections) / sections
-    else:
-        start = draw_times((count,), config)
     guided, all_guided = draw_guided(step_size, coins, config)
     half = step_size / 2
-    finest = half * config.denoise_timesteps <= 1
-    queried = torch.where(finest, 0.0, half) if config.finest_teacher == "flow" else half
+    queried = name_half_steps(half, config)
     if coins(1).item() < config.fm_in_shortcut_target_prob:
         queried = torch.zeros_like(half)
 
     shape = (batch - count, object_mask.shape[1]) if config.independent_t else (batch - count,)
     times = draw_times(shape, config)
-    named = torch.rand(batch - count) * config.fm_eps_max
+    named = torch.rand(batch - count) * config.fm_eps_max * (2 if config.follows_reference else 1)
     if config.independent_t:
         start, named = start[:, None].expand(-1, shape[1]), named[:, None].expand(-1, shape[1])
         step_size = step_size[:, None].expand(-1, shape[1])
-    if config.sc_cond_dropout:
+    if config.follows_reference:
         drop = (torch.rand(1) < config.condition_dropout_prob).expand(batch).clone()
     else:
         drop = torch.rand(batch) < config.condition_dropout_prob
         # An unconditional model drops everything, everywhere.
         drop[:count] = config.condition_dropout_prob == 1
-    partial = config.cfg_partial_all_modalities and not all_guided
+    partial = config.follows_reference and not all_guided
     return Draws(
         noise=noise_like(data),
         t=torch.cat([start, times]).to(device, non_blocking=True),
@@ -92,9 +91,16 @@ def draw(
     )
 
 
+def name_half_steps(half: Tensor, config: SceneObjectiveConfig) -> Tensor:
+    """The step sizes that the teacher is asked for: the finest one stands for the infinitesimal, 0."""
+    if config.follows_reference:
+        return half
+    return torch.where(half * config.denoise_timesteps <= 1, 0.0, half)
+
+
 def draw_step_sizes(count: int, config: SceneObjectiveConfig, generator: torch.Generator | None = None) -> Tensor:
     """(count,) step sizes D, every level in turn from a random start: balanced in a batch, uniform on average."""
-    largest, levels = (1.0, config.levels) if config.d_ladder == "corrected" else (2.0, config.levels + 1)
+    largest, levels = (2.0, config.levels + 1) if config.follows_reference else (1.0, config.levels)
     first = torch.randint(levels, (1,), generator=generator)
     return largest * torch.exp2(-((torch.arange(count) + first) % levels).float())
 
@@ -114,13 +120,13 @@ def draw_guided(
     """Which self-consistency rows are guided, and whether these are all of them."""
     count, ratio = len(step_size), config.ratio_cfg_samples
     tosses = coins(count)
-    if config.cfg_target == "base":
+    if not config.follows_reference:
         candidates = [row for row in range(count) if step_size[row] * config.denoise_timesteps <= 2]
         guided = [row for row in candidates if tosses[row] < ratio]
-    elif config.mode == "scene" and config.count == "floor":
+    elif config.mode == "scene":
         guided = list(range(count)) if count and tosses[0] < ratio else []
     else:
-        guided = list(range(int(count * ratio + (coins(1).item() if config.count == "stochastic" else 0))))
+        guided = list(range(int(count * ratio)))
     return guided, len(guided) == count
 
 
@@ -148,8 +154,7 @@ def scene_loss(
     null_conditions: Sample,
     draws: Draws,
     config: SceneObjectiveConfig,
-    mean_objects: Tensor | None = None,
-) -> tuple[Tensor, dict[str, Tensor]]:
+) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
     """Flow matching and self-consistency of a batch of scenes.
 
     Args:
@@ -157,24 +162,26 @@ def scene_loss(
         data: modalities (B, N, tokens, channels). object_mask: (B, N) bool.
         conditions, null_conditions: (B, ...) each scene's condition and "none".
         draws: the batch's randomness, see `draw`.
-        mean_objects: objects per scene, averaged over the batch of every process (reduction `object`).
 
     Returns:
-        The scalar loss, and to log either scalars or pairs (sum, number of rows).
+        The loss, to log either scalars or pairs (sum, number of rows), and a weight. Where scenes weigh alike the loss
+        is the mean over the batch and the weight None; where objects do (`reduction`), their sum and their number.
     """
     prediction, target = regress(network, teacher, data, conditions, null_conditions, draws, config)
     mask = object_mask[draws.rows].to(draws.t.dtype)
     errors = {name: object_mean(squared_difference(prediction[name], target[name]), mask) for name in sorted(data)}
     total = sum(config.loss_weights[name] * values for name, values in errors.items())
-    rows = mask.sum(1) / mean_objects if mean_objects is not None else torch.ones_like(total)
-    count = draws.num_bootstrap
-    consistency, flow = (rows * total)[:count], (rows * total)[count:]
-    if config.normalise == "rows":
-        loss = (config.shortcut_loss_weight * consistency.sum() + flow.sum()) / len(total)
-    else:
+    objects, count = mask.sum(1), draws.num_bootstrap
+    by_object = config.reduction == "object"
+    rows = objects * total if by_object else total
+    consistency, flow = rows[:count], rows[count:]
+    if config.follows_reference:
         means = [part.mean() if len(part) else part.sum() for part in (consistency, flow)]
         loss = config.shortcut_loss_weight * means[0] + means[1]
-    return loss, describe_errors(errors, total, draws, config)
+    else:
+        loss = config.shortcut_loss_weight * consistency.sum() + flow.sum()
+        loss = loss if by_object else loss / len(total)
+    return loss, describe_errors(errors, total, draws, config), objects.sum() if by_object else None
 
 
 def object_mean(errors: Tensor, mask: Tensor) -> Tensor:
@@ -199,7 +206,7 @@ def describe_errors(
     # (B, N) times are an object's own; the row's first stands for it
     t, step_size = (values.reshape(len(total), -1)[:, 0] for values in (draws.t, draws.step_size))
     level = -torch.log2(step_size[:count]).round().long()  # 0 for D = 1, -1 for the reference's 2
-    levels = range(-1 if config.d_ladder == "reference" else 0, config.levels)
+    levels = range(-1 if config.follows_reference else 0, config.levels)
     bucket = (t[count:] * NUM_TIME_BUCKETS).long().clamp(max=NUM_TIME_BUCKETS - 1)
     for number in levels:
         chosen = (level == number).to(total.dtype)
@@ -229,8 +236,7 @@ def grid_draws(
     count = batch if step_size else 0
     full = torch.full((batch,), step_size, device=device)
     half = full[:count] / 2
-    finest = half * config.denoise_timesteps <= 1
-    guided = bool(count) and (config.cfg_target == "all" or bool(step_size * config.denoise_timesteps <= 2))
+    guided = bool(count) and (config.follows_reference or bool(step_size * config.denoise_timesteps <= 2))
     return Draws(
         noise=noise_like(data) if noise is None else noise,
         t=torch.full((batch,), t, device=device),
@@ -239,7 +245,7 @@ def grid_draws(
         rows=torch.arange(batch, device=device),
         num_bootstrap=count,
         guidable=list(range(batch)) if guided and config.ratio_cfg_samples > 0 else [],
-        queried=torch.where(finest, 0.0, half) if config.finest_teacher == "flow" else half,
+        queried=name_half_steps(half, config),
         guided=torch.ones(batch, dtype=torch.bool, device=device),
         guided_modalities=tuple(config.cfg_modalities),
     )

@@ -7,12 +7,11 @@ from typing import ClassVar, Literal
 from pydantic import Field, TypeAdapter, model_validator
 
 from backlot.config import Section
+from backlot.modalities import MODALITIES
 
 Objective = Literal[
     "shortcut", "flow_matching", "progressive", "consistency", "consistency_distillation", "live_reflow"
 ]
-
-SCENE_MODALITIES = ("6drotation_normalized", "scale", "shape", "translation", "translation_scale")
 
 # A preset fills these keys; keys given beside it win. `mixture` is the set of class defaults below.
 PRESETS = {
@@ -20,10 +19,8 @@ PRESETS = {
     "official": {
         "bootstrap_fraction": 0.125,
         "dyadic_fraction": 1.0,
-        "level_remainder": "one_step",
         "flow_times": "lattice",
         "smallest_step": "lattice",
-        "flow_samples": "reuse",
         "path_eps": 1e-5,
     },
     "continuous": {
@@ -44,15 +41,15 @@ class ObjectiveConfig(Section):
     name: Objective = "shortcut"
     """The loss: `shortcut`, or one of the baselines it is compared with."""
     preset: Literal["mixture", "official", "continuous"] = "mixture"
-    """`mixture`: ours; `official`: the paper's code; `continuous`: any step size, as in later re-implementations."""
+    """`mixture`: ours; `official`: the paper's code; `continuous`: any step size, as in later re-implementations.
+    `official` also deals rows left over between the levels to the one-step level, and gives flow rows the bootstrap's
+    samples again; otherwise levels take them in turn, and flow rows have samples of their own."""
     denoise_timesteps: int = Field(128, ge=2, le=65536)
     """M, a power of two: steps of 1/M and below count as infinitesimal, those above are bootstrapped."""
     bootstrap_fraction: float = Field(0.25, gt=0, lt=1)
     """Share of a micro-batch's rows that learn self-consistency; the others learn the flow."""
     dyadic_fraction: float = Field(0.5, ge=0, le=1)
     """Share of the bootstrap rows on the dyadic lattice (d = 2^-k, t a multiple of d); the others are continuous."""
-    level_remainder: Literal["spread", "one_step"] = "spread"
-    """Rows left over when levels do not divide evenly: spread over the levels in turn, or all on the one-step level."""
     bootstrap_dt_bias: bool = False
     """Spend half of the dyadic rows on the two largest steps."""
     continuous_sampler: Literal["log_uniform", "triangle"] = "log_uniform"
@@ -68,8 +65,6 @@ class ObjectiveConfig(Section):
     """Whose half steps are the bootstrap's target."""
     target_clip: float | None = Field(4.0, gt=0)
     """Bound on the intermediate point and on the bootstrap target; null for none."""
-    flow_samples: Literal["disjoint", "reuse"] = "disjoint"
-    """Flow rows take the samples the bootstrap leaves, or start again from the first (the paper's code)."""
     condition_dropout_prob: float = Field(0.1, ge=0, le=1)
     """Chance that a flow row loses its condition, so that guidance works; 1 trains an unconditional model."""
     dropout_on_bootstrap: bool = False
@@ -100,6 +95,11 @@ class ObjectiveConfig(Section):
         if self.name in ("consistency_distillation", "progressive") and self.teacher_model is None:
             raise ValueError(f"`teacher_model` must name the flow model that {self.name} distils")
         return self
+
+    @property
+    def follows_paper_code(self) -> bool:
+        """Whether rows are dealt out as in the paper's code."""
+        return self.preset == "official"
 
     @property
     def levels(self) -> int:
@@ -137,29 +137,20 @@ class NoiseLevelConfig(Section):
 
 # The paper's; translation_scale has none in the released configuration.
 LOSS_WEIGHTS = {"shape": 1.0, "translation": 1.0, "6drotation_normalized": 0.1, "scale": 0.1, "translation_scale": 0.0}
-# SAM 3D Objects' public loss class as it stands, every switch at once; `corrected` is the set of class defaults below.
-SCENE_RULES = {
-    "corrected": {},
-    "reference": {
-        "t_sampling": "free",
-        "d_ladder": "reference",
-        "finest_teacher": "literal",
-        "cfg_target": "all",
-        "cfg_partial_all_modalities": True,
-        "sc_cond_dropout": True,
-        "teacher": "live",
-        "count": "floor",
-        "normalise": "split",
-        "sync_draws": False,
-    },
-}
+# What a preset of rules fills in; keys given beside it win. `corrected` is the set of class defaults below.
+SCENE_RULES = {"corrected": {}, "reference": {"teacher": "live", "time_law": "logit_normal"}}
 
 
 class SceneObjectiveConfig(Section):
     """The shortcut objective on scenes; a row is a scene (mode `scene`) or an object (mode `object`)."""
 
     rules: Literal["corrected", "reference"] = "corrected"
-    """`reference` sets the switches marked (R) as SAM 3D Objects' code has them; keys given beside it win."""
+    """`reference` draws and weighs as SAM 3D Objects' public loss class, faults included, to compare with it: a step D
+    starts at any time and may end beyond the data; D = 2 ... 1/64; the half step of 1/128 is asked for by its own size,
+    which is never trained; guidance applies at every D, where it compounds, and to all modalities when only some rows
+    are guided; one coin drops the condition of a whole batch, self-consistency rows included; their number is rounded
+    down; flow rows are told twice the step size of fm_eps_max; the loss is the sum of a mean for each kind of rows;
+    processes toss their own coins. It also fills `teacher: live` and `time_law: logit_normal`."""
     mode: Literal["scene", "object"] = "scene"
     """Rows that share a time, a step size and all coins: whole scenes, or single objects."""
     batch_mode: bool | None = None
@@ -185,7 +176,7 @@ class SceneObjectiveConfig(Section):
     sigma_min: float = Field(0.0, ge=0, lt=0.1)
     """Noise left at t = 1."""
     time_law: Literal["uniform", "logit_normal"] = "uniform"
-    """Of t on flow rows (and on all rows with t_sampling free)."""
+    """Of t on flow rows; on all rows with `rules: reference`, which has logit_normal."""
     logit_mean: float = 0.0
     """Of the normal variable whose sigmoid is t; the released SAM 3D configuration has -1."""
     logit_std: float = Field(1.0, gt=0)
@@ -198,31 +189,13 @@ class SceneObjectiveConfig(Section):
     loss_weights: dict[str, float] = LOSS_WEIGHTS
     """Of each modality; those not given keep their defaults."""
     reduction: Literal["scene", "object"] = "scene"
-    """Whether scenes or objects weigh alike, over all processes."""
+    """Whether scenes or objects weigh alike, over all processes and micro-batches of an update."""
     target_clip: float | None = Field(None, gt=0)
     """Bound on the intermediate point and on self-consistency targets; null for none."""
-    t_sampling: Literal["aligned", "free"] = "aligned"
-    """(R) Start of a step of length D: a multiple of D below 1, or the law of t, which reaches beyond the data."""
-    d_ladder: Literal["corrected", "reference"] = "corrected"
-    """(R) Step sizes D: 1 ... 1/64, or 2 ... 1/64."""
-    finest_teacher: Literal["flow", "literal"] = "flow"
-    """(R) The half step of 1/128 is asked for as infinitesimal (0), or by its own size, which is never trained."""
-    cfg_target: Literal["base", "all"] = "base"
-    """(R) Guidance at the finest step alone, whence it spreads, or at every one, where it compounds."""
-    cfg_partial_all_modalities: bool = False
-    """(R) When only some rows are guided, guide all their modalities."""
-    sc_cond_dropout: bool = False
-    """(R) One coin drops the condition of a whole batch, self-consistency rows included; else each flow row's own."""
     condition_dropout_prob: float = Field(0.1, ge=0, le=1)
     """Chance that a row loses its condition, so that guidance works; 1 trains an unconditional model."""
     teacher: Literal["ema", "live"] = "ema"
-    """(R) Whose half steps are the target."""
-    count: Literal["stochastic", "floor"] = "stochastic"
-    """(R) Rounding of the number of self-consistency rows; `floor` never reaches a batch of three."""
-    normalise: Literal["rows", "split"] = "rows"
-    """(R) One mean over all rows, or the sum of a mean for each kind."""
-    sync_draws: bool = True
-    """(R) All processes draw the same coins and step sizes, so none waits for another; noise and t are their own."""
+    """Whose half steps are the target; `rules: reference` has live."""
 
     @model_validator(mode="before")
     @classmethod
@@ -243,14 +216,26 @@ class SceneObjectiveConfig(Section):
     @model_validator(mode="after")
     def _check(self) -> SceneObjectiveConfig:
         for key, names in (("loss_weights", self.loss_weights), ("cfg_modalities", self.cfg_modalities)):
-            unknown = sorted(set(names) - set(SCENE_MODALITIES))
+            unknown = sorted(set(names) - set(MODALITIES))
             if unknown:
-                raise ValueError(f"`{key}` names {', '.join(unknown)}; modalities are {', '.join(SCENE_MODALITIES)}")
+                raise ValueError(f"`{key}` names {', '.join(unknown)}; modalities are {', '.join(MODALITIES)}")
+        if self.reduction == "object" and self.follows_reference:
+            raise ValueError("`reduction` object is not among the rules of the reference, whose loss is of scenes")
         if self.independent_t and self.mode == "object":
             raise ValueError("`independent_t` is for mode scene: an object alone has a time of its own anyway")
         if self.pairing == "hungarian" and self.mode == "object":
             raise ValueError("`pairing` hungarian is for mode scene: an object alone has one slot")
         return self
+
+    @property
+    def follows_reference(self) -> bool:
+        """Whether the draws and the loss are those of SAM 3D Objects' code."""
+        return self.rules == "reference"
+
+    @property
+    def sync_draws(self) -> bool:
+        """All processes draw the same coins and step sizes, so none waits for another; noise and t are their own."""
+        return not self.follows_reference
 
     # ---- what objectives.shortcut calls these ----
 

@@ -75,7 +75,7 @@ def draw(data: Sample, config: ObjectiveConfig, part: int = 0, num_parts: int = 
         # An unconditional model drops everything, everywhere.
         drop[:num_bootstrap] = config.condition_dropout_prob == 1
     rows = torch.arange(batch, device=device)
-    if config.flow_samples == "reuse":
+    if config.follows_paper_code:
         rows[num_bootstrap:] -= num_bootstrap
 
     if spreads(config):
@@ -114,13 +114,13 @@ def describe(batch: int, num_parts: int, config: ObjectiveConfig) -> str:
         counts = dyadic_level_counts(dyadic * num_parts, config)
         text += f"; rows per update with d = 1, 1/2, 1/4, ...: {counts}"
         if 0 in counts:
-            text += ". A step size without rows is NEVER TRAINED: enlarge the batch or set level_remainder to spread"
+            text += ". A step size without rows is NEVER TRAINED: enlarge the batch or take another preset"
     return text
 
 
 def spreads(config: ObjectiveConfig) -> bool:
     """Whether levels take turns; otherwise every update has `dyadic_level_counts`."""
-    return config.level_remainder == "spread" and not config.bootstrap_dt_bias
+    return not config.follows_paper_code and not config.bootstrap_dt_bias
 
 
 def dyadic_level_counts(num_rows: int, config: ObjectiveConfig) -> list[int]:

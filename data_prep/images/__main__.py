@@ -3,7 +3,7 @@
 from backlot.command_line import run_command
 
 COMMANDS = {
-    "encode": ("data_prep.images.encode", "pictures -> latents of a VAE"),
+    "encode": ("data_prep.images.commands:encode", "pictures -> latents of a VAE"),
 }
 
 

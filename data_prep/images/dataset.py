@@ -11,9 +11,11 @@ until there are more of them than `max_bad_fraction` allows.
 from __future__ import annotations
 
 import gzip
+import hashlib
 import json
 import os
 import zlib
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, SupportsInt
 
@@ -22,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.data import Dataset
 
+from backlot.fingerprint import fingerprint, fingerprint_files, spread
 from backlot.pictures import BAD_IMAGE_ERRORS, EXHAUSTED, decode_image, to_pixel_values
 from backlot.samples import SampleKey, is_validation
 from data_prep.images.digits import DigitsDataset
@@ -48,6 +51,9 @@ class ImageSource(Protocol):
     """Encoded images and labels by row. `read` gives the bytes of the file and the label; `name` is for people."""
 
     num_classes: int | None
+
+    @property
+    def fingerprint(self) -> str: ...
 
     def __len__(self) -> int: ...
 
@@ -101,6 +107,12 @@ class FolderSource:
     def __len__(self) -> int:
         return len(self._names)
 
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of names below the root, sizes, labels, and the contents of some files."""
+        names = [os.fsdecode(name) for name in self._names]
+        return fingerprint([fingerprint_files(self.root, names), self._labels.tolist()])
+
     def name(self, row: int) -> str:
         return str(self.root / os.fsdecode(self._names[row]))
 
@@ -153,6 +165,13 @@ class HubSource:
 
     def __len__(self) -> int:
         return len(self._rows)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of all labels, and the contents of some pictures."""
+        labels = () if self._label_column is None else self._rows[self._label_column][:]
+        pictures = (hashlib.sha256(self.read(row)[0]).hexdigest() for row in spread(len(self)))
+        return fingerprint([len(self), tuple(labels), *pictures])
 
     def name(self, row: int) -> str:
         return f"{self._place}[{row}]"
@@ -307,6 +326,11 @@ class ImageDataset(Dataset):
         self.horizontal_flip = horizontal_flip
         self.quarantine = Quarantine(source, max_bad_fraction, quarantine_path)
 
+    @property
+    def fingerprint(self) -> str:
+        """Of the pictures' files and labels, whatever is made of them."""
+        return self.source.fingerprint
+
     def __len__(self) -> int:
         return len(self.source)
 
@@ -354,6 +378,13 @@ class MnistDataset(Dataset):
         border = 2 if image_size == 32 else 0
         self.images = F.pad(images, [border] * 4).unsqueeze(1)
         self.class_labels = labels.long()
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of all pictures, without the border, and labels."""
+        border = (self.images.shape[-1] - 28) // 2
+        images = self.images[..., border : border + 28, border : border + 28]
+        return fingerprint(values.numpy().tobytes() for values in (images, self.class_labels))
 
     def __len__(self) -> int:
         return len(self.class_labels)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import SupportsInt
 
 import numpy as np
 import torch
 from torch.utils.data import Dataset
+
+from backlot.fingerprint import fingerprint
 
 NUM_TRAIN = 1437
 DIGITS_SPLITS = ("train", "validation", "all")
@@ -42,6 +45,11 @@ class DigitsDataset(Dataset):
 
     def __init__(self, split: str = "train") -> None:
         self.pixel_values, self.class_labels = load_digits(split)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of all pictures and labels."""
+        return fingerprint(values.numpy().tobytes() for values in (self.pixel_values, self.class_labels))
 
     def __len__(self) -> int:
         return len(self.class_labels)

@@ -16,11 +16,11 @@ from tqdm import tqdm
 
 from backlot.latent_cache import vae_fingerprint
 from backlot.loading import default_device
+from backlot.modalities import WIDTHS
 from data_prep.scenes.encode import find_splits, occupancy, open_vae
 from data_prep.scenes.format import (
     METADATA_NAME,
     SPLITS,
-    WIDTHS,
     Scene,
     bad_scene,
     count_objects,

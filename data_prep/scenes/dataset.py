@@ -18,10 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from backlot.fingerprint import fingerprint, fingerprint_files
+from backlot.modalities import MODALITIES
 from backlot.samples import SampleKey
 from data_prep.scenes.format import (
     CONDITIONS,
-    MODALITIES,
     bad_scene,
     check_conditionals,
     check_latents,
@@ -110,6 +111,14 @@ class SceneDataset(Dataset):
         self._ends = torch.tensor(self.num_objects).cumsum(0)
         self.shape_tokens, self.shape_channels = first["shape"].shape[1:]
         self.image_size = next((first[name].shape[-1] for name in PICTURES if name in first), None)
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Of the names and sizes of the scenes' files, and the contents of some."""
+        folders = map(self._folder, range(len(self.scene_ids)))
+        files = [find_file(folder, kind) for folder in folders for kind in ("latents", "conditionals")]
+        names = [file.relative_to(self.root).as_posix() for file in files if file is not None]
+        return fingerprint([tuple(self.scene_ids), fingerprint_files(self.root, names)])
 
     # --- override these for scenes in another format
 

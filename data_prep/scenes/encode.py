@@ -21,11 +21,11 @@ from tqdm import tqdm
 from backlot.files import file_sha256
 from backlot.latent_cache import vae_fingerprint
 from backlot.loading import default_device
+from backlot.modalities import MODALITIES
 from backlot.pictures import to_images
 from data_prep.scenes.dataset import as_floats
 from data_prep.scenes.format import (
     METADATA_NAME,
-    MODALITIES,
     SCENES_NAME,
     SPLITS,
     Scene,
@@ -119,7 +119,7 @@ def open_vae(folder: str | Path, device: str | torch.device) -> OccupancyVAE:
     """A frozen `OccupancyVAE` in float32; ValueError, one line, if the folder holds none."""
     vae_fingerprint(folder)  # for its messages
     try:
-        vae = OccupancyVAE.from_pretrained(folder, torch_dtype=torch.float32)
+        vae = OccupancyVAE.from_pretrained(folder, dtype=torch.float32)
     except (OSError, ValueError, RuntimeError, TypeError, KeyError) as error:
         raise ValueError(f"{folder} holds no occupancy VAE: {str(error).splitlines()[0]}") from None
     return vae.to(device).eval().requires_grad_(False)

@@ -30,23 +30,23 @@ from __future__ import annotations
 
 import io
 import json
-import math
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
+from pydantic import Field, PositiveFloat, PositiveInt, ValidationError, ValidationInfo, field_validator
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from backlot.metadata import Metadata, describe_errors
+from backlot.modalities import OPTIONAL_POSES, POSES, WIDTHS
+
 SPLITS = ("train", "val", "test")
-POSES = {"translation": 3, "scale": 3, "6drotation_normalized": 6}  # and their widths
-OPTIONAL = {"translation_scale": 1}
-WIDTHS = POSES | OPTIONAL
-MODALITIES = ("shape", *POSES, *OPTIONAL)
 KINDS = ("shapes", "latents", "conditionals")
 FORMATS = ("safetensors", "pt")
 LAYOUTS = ("tokens_channels", "channels_tokens")
@@ -319,7 +319,7 @@ def tokens_first(tensors: dict[str, Tensor], layout: str | None) -> dict[str, Te
 
 def check_latents(latents: Mapping[str, object]) -> list[str]:
     """The problems of latents with tokens before channels, one line each, which name the modality."""
-    problems = _check_names("latents", latents, ("shape", *POSES), OPTIONAL)
+    problems = _check_names("latents", latents, ("shape", *POSES), OPTIONAL_POSES)
     shape = latents.get("shape")
     if isinstance(shape, Tensor) and shape.dtype in FLOATS and (shape.ndim != 3 or 0 in shape.shape[1:]):
         problems.append(f"latents: shape is {list(shape.shape)}, it must be [N, tokens, channels]")
@@ -328,7 +328,7 @@ def check_latents(latents: Mapping[str, object]) -> list[str]:
 
 def check_shapes(shapes: Mapping[str, object], resolution: object) -> list[str]:
     """The problems of packed occupancies with their poses, one line each, which name the field."""
-    problems = _check_names("shapes", shapes, ("occupancy", *POSES), OPTIONAL)
+    problems = _check_names("shapes", shapes, ("occupancy", *POSES), OPTIONAL_POSES)
     occupancy = shapes.get("occupancy")
     if not _is_count(resolution) or resolution % 2:
         problems.append(f"`resolution` of {METADATA_NAME} must be an even number, got {resolution!r}")
@@ -388,35 +388,47 @@ def _check_values(name: str, value: Tensor) -> list[str]:
     return []
 
 
+Numbers3 = Annotated[list[float], Field(min_length=3, max_length=3)]
+Numbers4 = Annotated[list[float], Field(min_length=4, max_length=4)]
+
+
+class CameraMetadata(Metadata):
+    """The camera of a scene's picture, as far as it is known."""
+
+    intrinsics: Annotated[list[Numbers3], Field(min_length=3, max_length=3)] = None
+    scene_from_camera: Annotated[list[Numbers4], Field(min_length=4, max_length=4)] = None
+
+
+class SceneMetadata(Metadata):
+    """What is read of metadata.json; what is null is not known."""
+
+    num_objects: PositiveInt
+    scene_id: str | None = None
+    object_ids: list | None = None
+    families: list | None = None
+    frame: Literal[FRAMES] | None = None
+    isotropic_scale: bool | None = None
+    scene_shift: Numbers3 | None = None
+    scene_scale: PositiveFloat | None = None
+    camera: CameraMetadata | None = None
+    codec: dict | None = None
+
+    @field_validator("num_objects", "object_ids", "families")
+    @classmethod
+    def _fits_tensors(cls, value: int | list | None, info: ValidationInfo) -> int | list | None:
+        count = len(value) if isinstance(value, list) else value
+        if None not in (count, info.context) and count != info.context:
+            raise ValueError(f"must fit the {info.context} objects of the tensors")
+        return value
+
+
 def check_metadata(metadata: Mapping, num_objects: int | None) -> list[str]:
     """The problems of metadata, one line each, which name the field; `num_objects` None compares no counts."""
-    count = metadata.get("num_objects")
-    problems = []
-    if "num_objects" not in metadata:
-        problems.append(f"`num_objects` is missing from {METADATA_NAME}")
-    elif not _is_count(count):
-        problems.append(f"`num_objects` must be a positive integer, got {count!r}")
-    elif num_objects not in (None, count):
-        problems.append(f"`num_objects` of {METADATA_NAME} is {count}, the tensors have {num_objects}")
-    rules: dict[str, tuple[Callable[[object], bool], str]] = {
-        "scene_id": (lambda value: isinstance(value, str), "a text"),
-        "object_ids": (_is_list_of(num_objects), "a list with an entry per object"),
-        "families": (_is_list_of(num_objects), "a list with an entry per object"),
-        "frame": (lambda value: value in FRAMES, " or ".join(FRAMES)),
-        "isotropic_scale": (lambda value: isinstance(value, bool), "true or false"),
-        "scene_shift": (lambda value: _is_array(value, (3,)), "3 numbers"),
-        "scene_scale": (lambda value: _is_array(value, ()) and value > 0, "a positive number"),
-        "camera": (lambda value: isinstance(value, dict), "an object"),
-        "codec": (lambda value: isinstance(value, dict), "an object"),
-    }
-    for name, (accepts, wanted) in rules.items():
-        if metadata.get(name) is not None and not accepts(metadata[name]):
-            problems.append(f"`{name}` of {METADATA_NAME} must be {wanted}, got {str(metadata[name])[:60]!r}")
-    camera = metadata.get("camera")
-    for name, size in {"intrinsics": 3, "scene_from_camera": 4}.items():
-        if isinstance(camera, dict) and name in camera and not _is_array(camera[name], (size, size)):
-            problems.append(f"`camera.{name}` of {METADATA_NAME} must be {size} x {size} numbers")
-    return problems
+    try:
+        SceneMetadata.model_validate(metadata, context=num_objects)
+    except ValidationError as error:
+        return describe_errors(error, METADATA_NAME)
+    return []
 
 
 def _check_names(kind: str, values: Mapping, required: Iterable[str], optional: Iterable[str]) -> list[str]:
@@ -464,16 +476,6 @@ def _check_objects(kind: str, values: Mapping[str, object], names: Iterable[str]
 
 def _is_count(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value > 0
-
-
-def _is_list_of(count: int | None) -> Callable[[object], bool]:
-    return lambda value: isinstance(value, list) and count in (None, len(value))
-
-
-def _is_array(value: object, shape: tuple[int, ...]) -> bool:
-    if not shape:
-        return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    return isinstance(value, list) and len(value) == shape[0] and all(_is_array(part, shape[1:]) for part in value)
 
 
 def _dtype(value: Tensor) -> str:

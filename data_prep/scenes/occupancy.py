@@ -5,6 +5,7 @@ The format is described in `data_prep/scenes/format.py`; poses and pictures are 
 
 from __future__ import annotations
 
+from functools import cached_property
 from pathlib import Path
 from typing import SupportsInt
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from backlot.fingerprint import fingerprint
 from backlot.samples import SampleKey
 from data_prep.scenes.format import bad_scene, read_scene, scene_ids, unpack_occupancy
 
@@ -50,6 +52,11 @@ class OccupancyDataset(Dataset):
                 )
             packed.append(scene.tensors["occupancy"])
         self._packed = torch.cat(packed).numpy()
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of all grids."""
+        return fingerprint([self.resolution, self._packed.tobytes()])
 
     def __len__(self) -> int:
         return len(self._packed)

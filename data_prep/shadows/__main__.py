@@ -3,9 +3,9 @@
 from backlot.command_line import run_command
 
 COMMANDS = {
-    "render": ("data_prep.shadows.render", "objects, masks and shadows by path tracing"),
-    "check": ("data_prep.shadows.check", "name every bad sample"),
-    "encode": ("data_prep.shadows.encode", "pictures -> latents of a VAE"),
+    "render": ("data_prep.shadows.commands:render", "objects, masks and shadows by path tracing"),
+    "check": ("data_prep.shadows.commands:check", "name every bad sample"),
+    "encode": ("data_prep.shadows.commands:encode", "pictures -> latents of a VAE"),
 }
 
 

@@ -1,18 +1,14 @@
 """Name every bad sample of shadow data, one line each; tell what the good ones are like, and draw some of them.
 
-    python -m data_prep.shadows check data/shadows --statistics --contact_sheet sheet.png --num_workers 4
-
-The formats are described in `data_prep/shadows/dataset.py`; a sample is bad if `ShadowDataset` would not take it. The
-exit code is 2 if there is one.
+The formats are described in `data_prep/shadows/dataset.py`; a sample is bad if `ShadowDataset` would not take it.
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +18,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from backlot.pictures import image_grid
-from data_prep.shadows.dataset import SIZE_RANGE, THETA_RANGE, Labels, Sample, fit_square, load_sample, open_source
+from data_prep.shadows.dataset import SIZE_RANGE, THETA_RANGE, Labels, Sample, fit_sample, load_sample, open_source
 
 # A pixel above the first belongs to the shadow; a shadow above the second at the border is cut off by it.
 SHADOW_LEVEL, BORDER_LEVEL = 0.02, 0.1
@@ -83,6 +79,18 @@ class Findings(Dataset):
         )
 
 
+def examine(findings: Findings, num_workers: int = 0) -> list[Finding]:
+    """The findings of the good samples; the problems of the others are printed, one line each."""
+    good = []
+    loader = DataLoader(findings, batch_size=None, num_workers=num_workers)
+    for finding in tqdm(loader, desc="check", unit="sample", disable=not sys.stderr.isatty()):
+        if finding.problem is None:
+            good.append(finding)
+        else:
+            tqdm.write(finding.problem, file=sys.stdout)
+    return good
+
+
 def describe(good: list[Finding]) -> Iterator[str]:
     """Lines about the good samples: counts, ranges, histograms of the lights, and what the pictures hold."""
     objects = len({finding.object_id for finding in good})
@@ -115,7 +123,7 @@ def contact_sheet(findings: Findings, good: list[Finding], num_samples: int, ima
     chosen = [good[i * len(good) // num_samples] for i in range(num_samples)] if len(good) > num_samples else good
     rows, labels = [], []
     for finding in chosen:
-        sample = fit_square(load_sample(findings.source, finding.row), image_size)
+        sample = fit_sample(load_sample(findings.source, finding.row), image_size)
         pictures = [sample.object_image, sample.mask, sample.shadow, composite(sample)]
         rows.append([Image.fromarray(np.rint(picture * 255).astype(np.uint8)) for picture in pictures])
         light = finding.labels
@@ -128,48 +136,3 @@ def composite(sample: Sample) -> np.ndarray:
     """The object on a light ground with its shadow, (H, W, 3) in [0, 1]."""
     mask = sample.mask[..., None]
     return mask * sample.object_image + (1 - mask) * GROUND * (1 - sample.shadow[..., None])
-
-
-def create_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m data_prep.shadows check", description=__doc__.split("\n")[0])
-    parser.add_argument("path", help="a folder, a tar or a folder of tars")
-    parser.add_argument("--statistics", action="store_true", help="describe the good samples")
-    parser.add_argument("--contact_sheet", metavar="FILE.png", help="draw some of the good samples")
-    parser.add_argument("--num_samples", type=int, default=12, help="rows of the contact sheet")
-    parser.add_argument("--image_size", type=int, default=128, help="side of the contact sheet's pictures in pixels")
-    parser.add_argument("--num_workers", type=int, default=0, help="processes that read pictures")
-    return parser
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    parser = create_parser()
-    args = parser.parse_args(argv)
-    for name, low in {"num_samples": 1, "image_size": 8, "num_workers": 0}.items():
-        if getattr(args, name) < low:
-            parser.error(f"--{name} must be at least {low}, got {getattr(args, name)}")
-    try:
-        findings = Findings(args.path)
-    except ValueError as error:
-        raise SystemExit(str(error)) from None
-    for line in findings.broken:
-        print(line)
-    good, bad = [], 0
-    loader = DataLoader(findings, batch_size=None, num_workers=args.num_workers)
-    for finding in tqdm(loader, desc="check", unit="sample", disable=not sys.stderr.isatty()):
-        if finding.problem is None:
-            good.append(finding)
-        else:
-            bad += 1
-            tqdm.write(finding.problem, file=sys.stdout)
-    if args.statistics and good:
-        print("\n".join(describe(good)))
-    if args.contact_sheet and good:
-        contact_sheet(findings, good, args.num_samples, args.image_size).save(args.contact_sheet)
-    broken = f", unreadable tars: {len(findings.broken)}" if findings.broken else ""
-    print(f"samples: {len(findings)}, bad: {bad}{broken}")
-    if bad or findings.broken or not good:
-        raise SystemExit(1)
-
-
-if __name__ == "__main__":
-    main()

@@ -9,8 +9,8 @@ A folder:
 
 or a tar file, or a folder of them (at any depth), with the members `<stem>.image.png`, `<stem>.mask.png`,
 `<stem>.shadow.png` and `<stem>.metadata.json`. The public benchmark is of this kind: its stems begin with the name of
-a track, `softness_control` or `direction_control_...`. Tars are never unpacked: their members are found once and then
-read where they lie.
+a track, `softness_control` or `direction_control_...`. Tars are never unpacked: their members are found once, which an
+index beside each tar remembers (`backlot/tar_index.py`), and then read where they lie.
 
 Metadata: theta in degrees from the zenith, 0..45; phi in degrees, 0 = light from the right, taken modulo 360; size =
 side of the square light, 2..8 (also `light_size` or `s`; a key `r` is the radius of the light's sphere and never the
@@ -31,19 +31,21 @@ import json
 import math
 import os
 import re
-import tarfile
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import BinaryIO, Protocol, SupportsInt
+from typing import Annotated, Protocol, SupportsInt
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 from torch.utils.data import Dataset
 
-from backlot.pictures import BAD_IMAGE_ERRORS, EXHAUSTED, MAX_PIXELS, to_rgb
+from backlot.fingerprint import fingerprint
+from backlot.metadata import Metadata, between, describe_errors
+from backlot.pictures import BAD_IMAGE_ERRORS, EXHAUSTED, MAX_PIXELS, fit_object, fit_square, object_pixels
 from backlot.samples import SampleKey, is_validation
+from backlot.tar_index import TarIndex
 
 SPLITS = ("train", "validation", "all")
 THETA_RANGE = (0, 45)
@@ -92,47 +94,49 @@ class Sample:
     shadow: np.ndarray
 
 
+Size = Annotated[float, between(*SIZE_RANGE)]
+Text = Annotated[str, Field(min_length=1)]
+
+
+class ShadowMetadata(Metadata):
+    """What a format says of one sample; the size under one of three names."""
+
+    theta: Annotated[float, between(*THETA_RANGE)]
+    phi: float
+    size: Size = None
+    light_size: Size = None
+    s: Size = None
+    object_id: Annotated[Text | None, BeforeValidator(lambda value: str(value) if type(value) is int else value)] = None
+    track: Text | None = None
+    family: Text | None = None
+    clipped: bool | None = None
+
+    @model_validator(mode="after")
+    def _check(self) -> ShadowMetadata:
+        sizes = {name: getattr(self, name) for name in SIZE_NAMES if getattr(self, name) is not None}
+        if not sizes:
+            raise ValueError("has no `size`")
+        if len(set(sizes.values())) > 1:
+            given = ", ".join(f"`{name}` {value:g}" for name, value in sizes.items())
+            raise ValueError(f"gives several sizes: {given}")
+        return self
+
+
 def read_labels(metadata: object) -> Labels:
     """Check the metadata of one sample; ValueError, one line naming the field, for anything missing or out of range."""
-    if not isinstance(metadata, dict):
-        raise ValueError("its metadata is not a JSON object")
-    sizes = {name: read_number(metadata, name, SIZE_RANGE) for name in SIZE_NAMES if name in metadata}
-    if not sizes:
-        raise ValueError("`size` is missing from its metadata")
-    if len(set(sizes.values())) > 1:
-        given = ", ".join(f"`{name}` {value:g}" for name, value in sizes.items())
-        raise ValueError(f"its metadata gives several sizes: {given}")
-    object_id = metadata.get("object_id")
-    if isinstance(object_id, int) and not isinstance(object_id, bool):
-        object_id = str(object_id)
-    texts = {"object_id": object_id, "track": metadata.get("track"), "family": metadata.get("family")}
-    for name, value in texts.items():
-        if value is not None and (not isinstance(value, str) or not value):
-            raise ValueError(f"`{name}` must be a text, got {value!r}")
-    clipped = metadata.get("clipped")
-    if clipped is not None and not isinstance(clipped, bool):
-        raise ValueError(f"`clipped` must be true or false, got {clipped!r}")
-    theta = read_number(metadata, "theta", THETA_RANGE)
-    phi = wrap_degrees(read_number(metadata, "phi", None))
-    return Labels(theta, phi, next(iter(sizes.values())), **texts, clipped=clipped)
-
-
-def read_number(metadata: dict, name: str, limits: tuple[float, float] | None) -> float:
-    """A finite number of the metadata within `limits`; ValueError names the field."""
-    if name not in metadata:
-        raise ValueError(f"`{name}` is missing from its metadata")
-    value = metadata[name]
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError(f"`{name}` must be a number, got {value!r}")
     try:
-        number = float(value)
-    except OverflowError:  # an integer of more than 308 digits
-        number = math.inf
-    if not math.isfinite(number):
-        raise ValueError(f"`{name}` must be finite, got {number}")
-    if limits is not None and not limits[0] <= number <= limits[1]:
-        raise ValueError(f"`{name}` must be in [{limits[0]}, {limits[1]}], got {number:g}")
-    return number
+        known = ShadowMetadata.model_validate(metadata)
+    except ValidationError as error:
+        raise ValueError(describe_errors(error, "its metadata")[0]) from None
+    return Labels(
+        known.theta,
+        wrap_degrees(known.phi),
+        known.size or known.light_size or known.s,
+        object_id=known.object_id,
+        track=known.track,
+        family=known.family,
+        clipped=known.clipped,
+    )
 
 
 def wrap_degrees(phi: float) -> float:
@@ -175,12 +179,7 @@ def decode_picture(data: bytes, kind: str, formats: tuple[str, ...]) -> Image.Im
 
 def decode_object(data: bytes, fill: float) -> np.ndarray:
     """The object's picture (H, W, 3) float32 in [0, 1], transparent pixels laid over the grey `fill`."""
-    image = decode_picture(data, "object", ("PNG", "JPEG", "WEBP"))
-    if image.has_transparency_data:
-        pixels = np.asarray(image.convert("RGBA"), np.float32) / 255
-        alpha = pixels[..., 3:]
-        return pixels[..., :3] * alpha + np.float32(fill) * (1 - alpha)
-    return np.asarray(to_rgb(image), np.float32) / 255
+    return object_pixels(decode_picture(data, "object", ("PNG", "JPEG", "WEBP")), None, fill)
 
 
 def decode_grey(data: bytes, kind: str) -> np.ndarray:
@@ -246,16 +245,15 @@ def open_source(path: str | Path) -> ShadowSource:
     """
     path = Path(path)
     if path.is_file():
-        return TarSource(path, [path])
+        return TarSource(path)
     if not path.is_dir():
         raise ValueError(f"`path` must be a folder or a tar file of shadow data, {path} does not exist")
     if (path / METADATA_NAME).exists() or any((path / folder).is_dir() for folder in FOLDERS.values()):
         return FolderSource(path)
-    tars = sorted(file for file in path.rglob("*.tar") if not file.name.startswith("."))
-    if not tars:
+    if next(path.rglob("*.tar"), None) is None:
         folders = ", ".join(f"{folder}/" for folder in FOLDERS.values())
         raise ValueError(f"{path} holds no shadow data: neither {METADATA_NAME} beside {folders} nor .tar files")
-    return TarSource(path, tars)
+    return TarSource(path)
 
 
 def load_sample(source: ShadowSource, row: int, fill: float = FILL) -> Sample:
@@ -284,19 +282,22 @@ def find_track(labels: Labels, name: str) -> Labels:
     return labels if labels.track or match is None else replace(labels, track=match[1])
 
 
+def without_repeats(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """A JSON object; KeyError for a key that is there twice."""
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        raise KeyError(next(name for index, (name, _) in enumerate(pairs) if name in dict(pairs[:index])))
+    return values
+
+
+DECODER = json.JSONDecoder(object_pairs_hook=without_repeats)
+
+
 def parse_json(data: bytes, what: str) -> object:
     """JSON without repeated keys; ValueError, beginning with `what`, for anything else."""
 
-    def without_repeats(pairs: list[tuple[str, object]]) -> dict[str, object]:
-        values = {}
-        for name, value in pairs:
-            if name in values:
-                raise KeyError(name)
-            values[name] = value
-        return values
-
     try:
-        return json.loads(data, object_pairs_hook=without_repeats)
+        return DECODER.decode(data.decode())
     except KeyError as error:
         raise ValueError(f"{what} is damaged: the key {error} is there twice") from None
     except (ValueError, RecursionError) as error:
@@ -362,84 +363,60 @@ def files_by_stem(folder: Path, suffixes: tuple[str, ...]) -> dict[str, list[str
 class TarSource:
     """Samples in tar files; a stem is the name of a member up to `.image`, `.mask`, `.shadow` or `.metadata`."""
 
-    def __init__(self, path: Path, tars: list[Path]) -> None:
+    def __init__(self, path: Path) -> None:
         self.path = path
-        self.problems: dict[str, str] = {}
-        self._tars = tars
-        self._files: dict[int, BinaryIO] = {}
-        self._pid = os.getpid()
-        places: dict[str, dict[str, tuple[int, int, int]]] = {}
-        for number, tar in enumerate(tars):
-            for stem, kind, offset, size in self._members(number):
-                known = places.setdefault(stem, {})
-                if kind in known:
-                    where = sorted({tars[known[kind][0]].name, tar.name})
-                    self.problems.setdefault(stem, f"its {MEMBERS[kind]} is there twice ({', '.join(where)})")
-                known[kind] = (number, offset, size)
-        self.stems = sorted(places)
-        self.labels: list[Labels | None] = []
-        # An array: a list of a million tuples would be copied into every loader worker.
-        self._places = np.zeros((len(self.stems), len(KINDS), 3), np.int64)
-        for row, stem in enumerate(self.stems):
-            self.labels.append(self._read_labels(stem, places[stem]))
-            for column, kind in enumerate(KINDS):
-                self._places[row, column] = places[stem].get(kind, (0, 0, 0))
+        self._index = TarIndex.open(path, keep=(f".{MEMBERS['metadata']}.json",))
+        self.problems = self._index.problems
+        # the name of a tar and of its folder may be a track's, too
+        self._places = [tar.relative_to(path.parent).as_posix() for tar in self._index.tars]
+        found = self._find_files()
+        self.stems = sorted(found)
+        self.labels = [self._read_labels(stem, found[stem]) for stem in self.stems]
+        # An array: a list of a million dicts would be copied into every loader worker.
+        self._rows = np.array([[found[stem].get(kind, 0) for kind in KINDS] for stem in self.stems], np.int64)
 
-    def _members(self, number: int) -> Iterator[tuple[str, str, int, int]]:
-        """Stem, kind, offset and size of the samples' files in one tar."""
-        tar = self._tars[number]
-        try:
-            with tarfile.open(tar, "r:") as archive:
-                for member in archive:
-                    folder, _, name = member.name.removeprefix("./").rpartition("/")
-                    match = MEMBER.fullmatch(name)
-                    if match is None or name.startswith(".") or not member.isreg() or member.issparse():
-                        continue
-                    kind = next(kind for kind, name in MEMBERS.items() if name == match["kind"])
-                    if match["suffix"] in SUFFIXES.get(kind, (".json",)):
-                        stem = f"{folder}/{match['stem']}" if folder else match["stem"]
-                        yield stem, kind, member.offset_data, member.size
-                # tarfile takes a damaged header, and a file that was cut between members, for the end.
-                archive.fileobj.seek(archive.offset)
-                if archive.fileobj.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-                    raise tarfile.ReadError(f"damaged or cut off at byte {archive.offset}")
-        except tarfile.TarError as error:
-            self.problems[tar.name] = f"it is not a complete, uncompressed tar file ({error})"
+    def _find_files(self) -> dict[str, dict[str, int]]:
+        """Rows of the index by stem and kind; what is there twice is a problem."""
+        kind_of = {name: kind for kind, name in MEMBERS.items()}
+        found: dict[str, dict[str, int]] = {}
+        for row, path in enumerate(self._index.names):
+            folder, _, name = path.rpartition("/")
+            match = MEMBER.fullmatch(name)
+            if match is None or name.startswith("."):
+                continue
+            kind = kind_of[match["kind"]]
+            if match["suffix"] not in SUFFIXES.get(kind, (".json",)):
+                continue
+            stem = f"{folder}/{match['stem']}" if folder else match["stem"]
+            known = found.setdefault(stem, {})
+            if kind in known:
+                where = sorted({self._tar(known[kind]).name, self._tar(row).name})
+                self.problems.setdefault(stem, f"its {MEMBERS[kind]} is there twice ({', '.join(where)})")
+            known[kind] = row
+        return found
 
-    def _read_labels(self, stem: str, places: dict[str, tuple[int, int, int]]) -> Labels | None:
+    def _tar(self, row: int) -> Path:
+        return self._index.tars[self._index.tar_numbers[row]]
+
+    def _read_labels(self, stem: str, rows: dict[str, int]) -> Labels | None:
         """The labels of a sample; None, and an entry in `problems`, if there are no good ones."""
-        missing = [f"{stem}.{name}" for kind, name in MEMBERS.items() if kind not in places]
+        missing = [f"{stem}.{name}" for kind, name in MEMBERS.items() if kind not in rows]
         if missing:
             self.problems.setdefault(stem, f"{' and '.join(missing)} missing")
         if stem in self.problems:
             return None
-        number, offset, size = places["metadata"]
-        tar = self._tars[number].relative_to(self.path.parent)  # its name and its folder's may be a track's too
         try:
-            metadata = parse_json(self._pread(number, offset, size), "its metadata")
-            return find_track(read_labels(metadata), f"{tar.as_posix()}/{stem}")
+            labels = read_labels(parse_json(self._index.read(rows["metadata"]), "its metadata"))
         except ValueError as error:
             self.problems[stem] = str(error)
             return None
+        return find_track(labels, f"{self._places[self._index.tar_numbers[rows['metadata']]]}/{stem}")
 
     def read(self, row: int, kind: str) -> bytes:
-        return self._pread(*self._places[row, KINDS.index(kind)].tolist())
+        return self._index.read(self._rows[row, KINDS.index(kind)])
 
     def file_size(self, row: int, kind: str) -> int:
-        return int(self._places[row, KINDS.index(kind), 2])
-
-    def _pread(self, number: int, offset: int, size: int) -> bytes:
-        if self._pid != os.getpid():  # a forked worker
-            self._files, self._pid = {}, os.getpid()
-        if number not in self._files:
-            self._files[number] = self._tars[number].open("rb")
-        data = os.pread(self._files[number].fileno(), size, offset)
-        if len(data) < size:
-            raise ValueError(f"{self._tars[number].name} ends in the middle of it")
-        return data
-
-    def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "_files": {}}  # open files do not travel to a spawned worker
+        return int(self._index.sizes[self._rows[row, KINDS.index(kind)]])
 
 
 # --- the dataset ----------------------------------------------------------------------------------------------------
@@ -541,12 +518,16 @@ class ShadowDataset(Dataset):
 
     @functools.cached_property
     def fingerprint(self) -> str:
-        """sha256 over what makes the items, without reading pictures: stems, lights, sizes of the files, settings."""
-        digest = hashlib.sha256(repr((self.picture_size, float(self.fill))).encode())
-        for row, stem, light in zip(self._rows, self.stems, self.lights, strict=True):
-            sizes = [self._source.file_size(row, kind) for kind in KINDS]
-            digest.update(repr((stem, light, sizes)).encode())
-        return digest.hexdigest()
+        """Of stems, lights and sizes of the files, without reading pictures."""
+        return fingerprint(
+            (stem, light, *(self._source.file_size(row, kind) for kind in KINDS))
+            for row, stem, light in zip(self._rows, self.stems, self.lights, strict=True)
+        )
+
+    @property
+    def item_fingerprint(self) -> str:
+        """Of the data and of the settings that make pictures of them, which a cache of these depends on."""
+        return fingerprint([self.fingerprint, self.picture_size, float(self.fill)])
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -575,7 +556,7 @@ class ShadowDataset(Dataset):
             raise IndexError(f"row {row} of {len(self)}")
         sample = load_sample(self._source, self._rows[row], self.fill)
         if self.image_size is not None:
-            sample = fit_square(sample, self.image_size, self.fill)
+            sample = fit_sample(sample, self.image_size, self.fill)
         elif sample.mask.shape != self.picture_size:
             (height, width), (first_height, first_width) = sample.mask.shape, self.picture_size
             reason = f"{width}x{height} pixels, {self.stems[0]!r} has {first_width}x{first_height}: set `image_size`"
@@ -600,26 +581,7 @@ def light_tensors(theta: float, phi: float, size: float) -> dict[str, torch.Tens
     }
 
 
-def fit_square(sample: Sample, image_size: int, fill: float = FILL) -> Sample:
-    """Resize so that the longer side has `image_size` pixels, and centre on a square of the fill (maps: of 0)."""
-    channels = [
-        resize(channel, image_size, Image.Resampling.LANCZOS, fill)
-        for channel in np.moveaxis(sample.object_image, 2, 0)
-    ]
-    return Sample(
-        np.stack(channels, axis=-1).clip(0, 1),
-        resize(sample.mask, image_size, Image.Resampling.BOX, 0).clip(0, 1),
-        resize(sample.shadow, image_size, Image.Resampling.BOX, 0).clip(0, 1),
-    )
-
-
-def resize(values: np.ndarray, image_size: int, resampling: Image.Resampling, background: float) -> np.ndarray:
-    """Resize (H, W) float32 to fit into a square, and centre it there."""
-    height, width = (max(1, round(side * image_size / max(values.shape))) for side in values.shape)
-    if (height, width) != values.shape:
-        image = Image.fromarray(np.ascontiguousarray(values)).resize((width, height), resampling)
-        values = np.asarray(image)
-    square = np.full((image_size, image_size), background, np.float32)
-    top, left = (image_size - height) // 2, (image_size - width) // 2
-    square[top : top + height, left : left + width] = values
-    return square
+def fit_sample(sample: Sample, image_size: int, fill: float = FILL) -> Sample:
+    """The three pictures fitted into squares: object on the fill, mask and shadow on 0."""
+    shadow = fit_square(sample.shadow, image_size, 0.0, Image.Resampling.BOX)
+    return Sample(*fit_object(sample.object_image, sample.mask, image_size, fill), shadow)

@@ -1,27 +1,23 @@
 """Encode shadow data once with a VAE, so that training reads latents of objects and shadows instead of pictures.
 
-    python -m data_prep.shadows encode --vae sdxl/vae --path shadows --image_size 1024
-
-The format is described in `data_prep/shadows/latents.py`, which reads it. Killed at any moment, the same command goes
-on after the last complete shard; a complete cache is left as it is while stems, lights and sizes of the files are the
-same, and checked picture by picture with --verify. The trainer calls `open_latents`, which does the same.
+The format is described in `data_prep/shadows/latents.py`, which reads it, and the command in
+`data_prep/shadows/commands.py`. Killed at any moment, the same call goes on after the last complete shard; a complete
+cache is left as it is while stems, lights and sizes of the files are the same, and checked picture by picture with
+`verify`. The trainer calls `open_latents`, which does the same.
 """
 
 from __future__ import annotations
 
-import argparse
 import hashlib
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
-from backlot.codecs import DTYPES
-from backlot.latent_cache import Manifest, local_vae_folder, tensor_bytes, vae_fingerprint
+from backlot.latent_cache import Manifest, tensor_bytes, vae_fingerprint
 from backlot.latent_writer import Recipe, check_fit, open_vae, posterior, write_cache
 from backlot.loading import default_device
-from data_prep.shadows.dataset import FILL, SPLITS, ShadowDataset
+from data_prep.shadows.dataset import ShadowDataset
 from data_prep.shadows.latents import LIGHT_NAMES, ShadowLatents
 
 
@@ -91,7 +87,7 @@ def encode_shadows(
             versions are stored.
         batch_size: samples per VAE call; an object that a batch shows under several lights is encoded once.
         shard_size: samples per file.
-        dtype: stored type of the latents, a key of `DTYPES`.
+        dtype: stored type of the latents, a key of `backlot.codecs.DTYPES`.
         device: where the VAE runs; None for the accelerator if there is one.
         dataloader_num_workers: processes that read pictures.
         overwrite: throw away what `output_dir` holds.
@@ -118,7 +114,7 @@ def encode_shadows(
         mean_only=True,
         flip=True,
         shard_size=shard_size,
-        dataset_fingerprint=dataset.fingerprint,
+        dataset_fingerprint=dataset.item_fingerprint,
     )
 
     def encode(batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -145,48 +141,3 @@ def unique_rows(tensor: torch.Tensor) -> tuple[list[int], list[int]]:
     digests = [hashlib.sha256(tensor_bytes(row)).digest() for row in tensor]
     kinds = list(dict.fromkeys(digests))
     return [digests.index(kind) for kind in kinds], [kinds.index(digest) for digest in digests]
-
-
-def create_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m data_prep.shadows encode", description=__doc__.split("\n")[0])
-    parser.add_argument("--vae", required=True, help="folder of an AutoencoderKL, or its hub id")
-    parser.add_argument("--path", required=True, help="shadow data: a folder, a tar or a folder of tars")
-    parser.add_argument("--split", default="train", choices=SPLITS)
-    parser.add_argument("--image_size", type=int, help="side of the pictures in pixels; as they are if left out")
-    parser.add_argument("--fill", type=float, default=FILL, help="grey behind objects with alpha, in [0, 1]")
-    parser.add_argument("--output_dir", help="default: PATH/latents/SPLIT-SIZE-VAE, where the trainer looks for it")
-    parser.add_argument("--batch_size", type=int, default=8)
-    parser.add_argument("--shard_size", type=int, default=1024, help="samples per file")
-    parser.add_argument("--dtype", choices=list(DTYPES), default="float16", help="stored type; the VAE runs in float32")
-    parser.add_argument("--device", help="where the VAE runs; the accelerator if there is one")
-    parser.add_argument("--dataloader_num_workers", type=int, default=0, help="processes that read pictures")
-    parser.add_argument("--overwrite", action="store_true", help="throw away what the output folder holds")
-    parser.add_argument("--verify", action="store_true", help="check a complete cache against all pictures")
-    return parser
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    args = create_parser().parse_args(argv)
-    try:
-        vae_folder = local_vae_folder(args.vae)
-        dataset = ShadowDataset(args.path, split=args.split, image_size=args.image_size, fill=args.fill)
-        output_dir = args.output_dir or latents_folder(dataset, vae_fingerprint(vae_folder))
-        manifest = encode_shadows(
-            vae_folder,
-            dataset,
-            output_dir,
-            batch_size=args.batch_size,
-            shard_size=args.shard_size,
-            dtype=args.dtype,
-            device=args.device,
-            dataloader_num_workers=args.dataloader_num_workers,
-            overwrite=args.overwrite,
-            verify=args.verify,
-        )
-    except ValueError as error:
-        raise SystemExit(f"error: {error}") from None
-    print(f"{manifest.num_samples} samples in {len(manifest.shards)} shards: {output_dir}")
-
-
-if __name__ == "__main__":
-    main()

@@ -62,7 +62,7 @@ class ShadowLatents(LatentCache):
         split = dataset.split if dataset is not None and split is None else split
         tensors = ("object", "object_flipped", "shadow", "shadow_flipped", "mask", *LIGHT_NAMES)
         super().__init__(Path(folder), tensors, split=split, vae_fingerprint=vae_fingerprint)
-        if dataset is not None and dataset.fingerprint != self.manifest.dataset_fingerprint:
+        if dataset is not None and dataset.item_fingerprint != self.manifest.dataset_fingerprint:
             raise ValueError(
                 f"{folder} holds the latents of other data than {dataset.path} holds now, or of another `image_size` or"
                 f" `fill`: run {self.writer} with another --output_dir, or with --overwrite"

@@ -1,9 +1,5 @@
 """Render objects, their masks and their soft shadows with Mitsuba 3, to train and to measure shadow generation.
 
-    python -m data_prep.shadows render --out data/shadows --num_samples 1500 --image_size 512
-    python -m data_prep.shadows render --out data/mine --meshes my_meshes --num_samples 20000 --format webdataset
-    python -m data_prep.shadows render --out data/tracks --tracks        # the three grids of the public benchmark
-
 A folder holds `objects/<stem>.png` (RGBA), `masks/<stem>.png` (its alpha), `shadows/<stem>.png` (16 bits, linear,
 65535 = all direct light is gone), `metadata.json` with the light of each stem, and `dataset.json` with the settings.
 Stem 000123_2 is light 2 of view 123. Shards `shard-00000.tar` hold `<stem>.image.png`, `.mask.png`, `.shadow.png` and
@@ -16,7 +12,6 @@ rendered is said in `data_prep/shadows/path_tracing.py`.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import importlib.util
 import io
@@ -30,7 +25,6 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -436,58 +430,3 @@ def check_record(out: Path, found: dict, wanted: dict) -> None:
     there, here = found.get("num_samples"), wanted["num_samples"]
     if there != here and (wanted["settings"]["format"] != "folder" or wanted["settings"]["tracks"] or there > here):
         raise ValueError(f"{out} was made for {there} samples, not {here}: choose another --out")
-
-
-# --- the command ----------------------------------------------------------------------------------------------------
-
-
-def create_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m data_prep.shadows render", description=__doc__.split("\n")[0])
-    defaults = Settings()
-    parser.add_argument("--out", required=True, help="folder of the data set; if it holds a part, that is completed")
-    parser.add_argument("--num_samples", type=int, default=1500)
-    parser.add_argument("--image_size", type=int, default=defaults.image_size, help="side of the pictures in pixels")
-    parser.add_argument("--meshes", metavar="DIR", help="glb, gltf, obj, ply and stl below it instead of made objects")
-    for name, text in {
-        "theta": "light from overhead, degrees",
-        "phi": "0 = light on the right, 90 = behind the object, degrees",
-        "size": "side of the square light, 8 units away; objects measure about 2",
-        "camera": "distance of the camera",
-    }.items():
-        ends = getattr(defaults, name)
-        parser.add_argument(f"--{name}", type=float, nargs=2, metavar=("LO", "HI"), default=ends, help=text)
-    parser.add_argument("--grid", choices=["continuous", "integer"], default=defaults.grid, help="of the lights")
-    parser.add_argument("--spp", type=int, default=defaults.spp, help="samples per pixel; 256 for clean wide penumbrae")
-    parser.add_argument("--lights_per_view", type=int, default=defaults.lights_per_view)
-    parser.add_argument("--shadow_bits", type=int, choices=[8, 16], default=defaults.shadow_bits)
-    parser.add_argument(
-        "--tracks", action="store_true", help="render the three benchmark tracks on objects of their own"
-    )
-    parser.add_argument(
-        "--num_models", type=int, default=50, help="of the first track; 0.3 times as many of the others"
-    )
-    parser.add_argument("--format", choices=["folder", "webdataset"], default=defaults.format)
-    parser.add_argument("--shard_size", type=int, default=defaults.shard_size, help="samples per tar, at most")
-    parser.add_argument("--num_workers", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--seed", type=int, default=defaults.seed)
-    parser.add_argument(
-        "--variant", choices=["auto", "cuda_ad_rgb", "llvm_ad_rgb", "scalar_rgb"], default="auto", help="of Mitsuba"
-    )
-    return parser
-
-
-def main(argv: Sequence[str] | None = None) -> None:
-    options = vars(create_parser().parse_args(argv))
-    for name in LIMITS:
-        options[name] = tuple(options[name])
-    try:
-        count = render_dataset(**options)
-    except (ValueError, ModuleNotFoundError) as error:
-        raise SystemExit(f"render_shadows: {error}") from None
-    except BrokenProcessPool:
-        raise SystemExit("render_shadows: a worker died, perhaps for want of memory: fewer --num_workers") from None
-    print(f"{options['out']}: {count} samples")
-
-
-if __name__ == "__main__":
-    main()

@@ -8,31 +8,38 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-import torch
 from PIL import Image, ImageColor, ImageOps
+from pydantic import Field
 
-from backlot.codecs import DTYPES
-from backlot.command_line import Parser, fail, number
-from backlot.loading import load_pipeline
-from pipelines.shadow_sdxl.light import LIGHT_RANGES
-from pipelines.shadow_sdxl.pipeline import ShadowSDXLPipeline, composite, find_mask
+from backlot.command_line import fail, parse
+from backlot.program_settings import TypedModelSettings
 
 if TYPE_CHECKING:
     import gradio
 
+    from pipelines.shadow_sdxl.pipeline import ShadowSDXLPipeline
+
 PRESETS = {"Morning": (15, 90, 3), "Noon": (5, 180, 2), "Evening": (35, 270, 6), "Soft": (25, 180, 8)}
-RANGES = {**LIGHT_RANGES, "steps": (1, 8), "intensity": (0.1, 1.0), "seed": (0, 2**31 - 1)}
+RANGES = {"steps": (1, 8), "intensity": (0.1, 1.0), "seed": (0, 2**31 - 1)}  # beside those of the light
 MAX_FILE_SIZE = 32 * 2**20
 MAX_SIDE = 4096
 
 
+class Settings(TypedModelSettings):
+    port: int = Field(7860, ge=1, le=65535)
+    """to serve"""
+    host: str = "127.0.0.1"
+    """address to serve; 0.0.0.0 lets other machines in"""
+
+
 def check_ranges(**values: float) -> None:
     """ValueError for what no slider can give; requests need not come from the page."""
+    from pipelines.shadow_sdxl.light import LIGHT_RANGES
+
     for name, value in values.items():
-        low, high = RANGES[name]
+        low, high = (LIGHT_RANGES | RANGES)[name]
         if not low <= value <= high:
             raise ValueError(f"`{name}` must be in [{low:g}, {high:g}], got {value!r}")
 
@@ -59,6 +66,9 @@ def create_page(pipeline: ShadowSDXLPipeline) -> gradio.Blocks:
         ModuleNotFoundError: gradio is not installed.
     """
     import gradio
+    import torch
+
+    from pipelines.shadow_sdxl.pipeline import composite, find_mask
 
     pipeline.set_progress_bar_config(disable=True)
 
@@ -120,22 +130,20 @@ def create_page(pipeline: ShadowSDXLPipeline) -> gradio.Blocks:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    parser = Parser(prog="python -m pipelines.shadow_sdxl.demo", description=__doc__.split("\n")[0])
-    parser.add_argument("model_dir", type=Path, help="folder of an exported ShadowSDXLPipeline, or of a finished run")
-    parser.add_argument("--port", type=number(int, 1, 65535), default=7860)
-    parser.add_argument("--host", default="127.0.0.1", help="address to serve; 0.0.0.0 lets other machines in")
-    parser.add_argument("--device", help="the accelerator if there is one")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32")
-    args = parser.parse_args(argv)
+    settings = parse(Settings, argv, "python -m pipelines.shadow_sdxl.demo", __doc__)
     try:
         import gradio  # noqa: F401  # before minutes of loading
     except ModuleNotFoundError as error:
         fail(f"{error.name} is not installed: pip install 'backlot[demo]'")
-    page = create_page(load_pipeline(ShadowSDXLPipeline, args.model_dir, args.device, args.dtype))
+
+    from backlot.loading import load_pipeline
+    from pipelines.shadow_sdxl.pipeline import ShadowSDXLPipeline
+
+    page = create_page(load_pipeline(ShadowSDXLPipeline, settings.model_dir, settings.device, settings.dtype))
     try:
-        page.launch(server_name=args.host, server_port=args.port, share=False, max_file_size=MAX_FILE_SIZE)
+        page.launch(server_name=settings.host, server_port=settings.port, share=False, max_file_size=MAX_FILE_SIZE)
     except OSError:
-        fail(f"{args.host} port {args.port} cannot be served: give another --port or --host")
+        fail(f"{settings.host} port {settings.port} cannot be served: give another --port or --host")
 
 
 if __name__ == "__main__":

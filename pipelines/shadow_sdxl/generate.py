@@ -10,20 +10,19 @@ cup_composite.png and cup_visualization.png; of a sweep cup_theta30_phi45_size4.
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal, Self
 
-import torch
 from PIL import Image, ImageColor, ImageFilter, ImageOps
+from pydantic import Field, field_validator, model_validator
 
-from backlot.codecs import DTYPES
-from backlot.command_line import Parser, fail, number
-from backlot.loading import load_pipeline
-from backlot.pictures import image_grid
-from pipelines.shadow_sdxl.light import LIGHT_RANGES
-from pipelines.shadow_sdxl.pipeline import ShadowSDXLPipeline, composite, find_mask
+from backlot.command_line import fail, input_errors, parse
+from backlot.program_settings import TypedModelSettings
+
+if TYPE_CHECKING:
+    from pipelines.shadow_sdxl.pipeline import ShadowSDXLPipeline
 
 # size of the light and strength of the shadow
 PRESETS = {"studio": (2.0, 0.9), "sunny": (3.0, 0.8), "overcast": (6.0, 0.6), "indoor": (8.0, 0.5)}
@@ -41,54 +40,74 @@ VISIBLE_SIDE = 256  # of the pictures in a grid
 Light = tuple[float, float, float]
 
 
-def create_parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="python -m pipelines.shadow_sdxl.generate", description=__doc__.split("\n")[0])
-    parser.add_argument("model_dir", type=Path, help="folder of an exported ShadowSDXLPipeline, or of a finished run")
-    parser.add_argument("--image", type=Path, required=True, help="the object, best with an alpha channel")
-    parser.add_argument("--mask", type=Path, help="white where the object is; the image's alpha channel without one")
-    theta, size = (number(float, *LIGHT_RANGES[name]) for name in ("theta", "size"))
-    parser.add_argument("--theta", type=theta, nargs="+", help=f"light from overhead, 0 to 45 degrees [{THETA:g}]")
-    parser.add_argument(
-        "--phi", type=number(float, -360, 360), nargs="+", help=f"0 = from the right, 90 = from behind [{PHI:g}]"
-    )
-    parser.add_argument("--size", type=size, nargs="+", help=f"of the light, 2 = hard to 8 = soft [{SIZE:g}]")
-    parser.add_argument("--time_of_day", choices=TIMES_OF_DAY, nargs="+", help="sets theta and phi")
-    parser.add_argument("--preset", choices=PRESETS, help="sets size and intensity, unless they are given")
-    parser.add_argument("--steps", type=number(int, 1), default=1, help="network calls per map")
-    parser.add_argument("--intensity", type=number(float, 0, 10), help=f"multiplies the map [{INTENSITY:g}]")
-    parser.add_argument("--tint", type=colour, default="#000000", help="colour of full shadow")
-    parser.add_argument("--background", default="#e8e4dc", help="a colour, or a picture, which is cut to fit")
-    parser.add_argument("--blur", type=number(float, 0, 1000), default=0.0, help="of the composite's shadow, in pixels")
-    parser.add_argument("--seed", type=number(int, 0), default=0, help="the noise, the same for every light")
-    parser.add_argument("--resolution", type=number(int, 1), help="side of the square the network sees")
-    parser.add_argument("--batch_size", type=number(int, 1), default=4, help="lights that go through it together")
-    parser.add_argument("--device", help="the accelerator if there is one")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32")
-    parser.add_argument("--output", type=Path, required=True, metavar="OUT.png")
-    return parser
+class Settings(TypedModelSettings):
+    image: Path
+    """the object, best with an alpha channel"""
+    mask: Path | None = None
+    """white where the object is; the image's alpha channel without one"""
+    theta: tuple[Annotated[float, Field(ge=0, le=45)], ...] = (THETA,)
+    """light from overhead, 0 to 45 degrees"""
+    phi: tuple[Annotated[float, Field(ge=-360, le=360)], ...] = (PHI,)
+    """0 = from the right, 90 = from behind"""
+    size: tuple[Annotated[float, Field(ge=2, le=8)], ...] | None = None
+    """of the light, 2 = hard to 8 = soft; 4 or that of the preset if left out"""
+    time_of_day: tuple[Literal[tuple(TIMES_OF_DAY)], ...] | None = None
+    """sets theta and phi"""
+    preset: Literal[tuple(PRESETS)] | None = None
+    """sets size and intensity, unless they are given"""
+    steps: int = Field(1, ge=1)
+    """network calls per map"""
+    intensity: float | None = Field(None, ge=0, le=10)
+    """multiplies the map; 1 or that of the preset if left out"""
+    tint: str = "#000000"
+    """colour of full shadow"""
+    background: str = "#e8e4dc"
+    """a colour, or a picture, which is cut to fit"""
+    blur: float = Field(0.0, ge=0, le=1000)
+    """of the composite's shadow, in pixels"""
+    seed: int = Field(0, ge=0)
+    """the noise, the same for every light"""
+    resolution: int | None = Field(None, ge=1)
+    """side of the square the network sees; that of its training if left out"""
+    batch_size: int = Field(4, ge=1)
+    """lights that go through it together"""
+    output: Path
+    """a .png file; others are named after it"""
+
+    @field_validator("tint")
+    @classmethod
+    def _is_colour(cls, value: str) -> str:
+        ImageColor.getrgb(value)
+        return value
+
+    @field_validator("output")
+    @classmethod
+    def _is_png(cls, value: Path) -> Path:
+        if value.suffix.lower() != ".png":
+            raise ValueError("must end in .png")
+        return value
+
+    @model_validator(mode="after")
+    def _one_direction(self) -> Self:
+        if self.time_of_day and {"theta", "phi"} & self.model_fields_set:
+            raise ValueError("--time_of_day sets theta and phi: give either")
+        return self
 
 
-def colour(text: str) -> str:
-    ImageColor.getrgb(text)  # a ValueError is what argparse wants
-    return text
-
-
-def choose_lights(args: argparse.Namespace) -> tuple[list[list[Light]], float]:
+def choose_lights(settings: Settings) -> tuple[list[list[Light]], float]:
     """Every combination of the given values, in the rows and columns of the grid, and the intensity."""
-    if args.time_of_day and (args.theta or args.phi):
-        fail("--time_of_day sets theta and phi: give either")
-    size, intensity = PRESETS.get(args.preset, (SIZE, INTENSITY))
-    thetas, phis, sizes = args.theta or [THETA], args.phi or [PHI], args.size or [size]
-    if args.time_of_day:
-        directions = [[TIMES_OF_DAY[name] for name in args.time_of_day]]
-    elif len(phis) > 1:
-        directions = [[(theta, phi) for phi in phis] for theta in thetas]
+    size, intensity = PRESETS.get(settings.preset, (SIZE, INTENSITY))
+    sizes = settings.size or [size]
+    if settings.time_of_day:
+        directions = [[TIMES_OF_DAY[name] for name in settings.time_of_day]]
+    elif len(settings.phi) > 1:
+        directions = [[(theta, phi) for phi in settings.phi] for theta in settings.theta]
     else:
-        directions = [[(theta, phis[0]) for theta in thetas]]
+        directions = [[(theta, settings.phi[0]) for theta in settings.theta]]
     rows = [[(*direction, size) for direction in row] for row in directions for size in sizes]
     if len(rows[0]) == 1:  # only sizes vary: side by side
         rows = [[row[0] for row in rows]]
-    return rows, intensity if args.intensity is None else args.intensity
+    return rows, intensity if settings.intensity is None else settings.intensity
 
 
 def open_picture(path: Path, flag: str) -> Image.Image:
@@ -128,6 +147,8 @@ def cast_shadows(
         lights: (theta, phi, size) each.
         settings: of the pipeline's call, such as `num_inference_steps` and `intensity`.
     """
+    import torch
+
     maps = []
     for start in range(0, len(lights), batch_size):
         theta, phi, size = (list(values) for values in zip(*lights[start : start + batch_size], strict=True))
@@ -152,46 +173,67 @@ def describe(*lights: Light) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    args = create_parser().parse_args(argv)
-    rows, intensity = choose_lights(args)
+    settings = parse(Settings, argv, "python -m pipelines.shadow_sdxl.generate", __doc__)
+    rows, intensity = choose_lights(settings)
     lights = [light for row in rows for light in row]
-    if args.output.suffix.lower() != ".png":
-        fail(f"--output must end in .png, got {args.output}")
-    image = open_picture(args.image, "--image")
-    mask = open_picture(args.mask, "--mask").convert("L") if args.mask else find_mask(image)
-    background = open_background(args.background, image.size)
-    base = args.output.with_suffix("")
-    try:
-        base.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        fail(f"--output {args.output}: {error.strerror}")
-    pipeline = load_pipeline(ShadowSDXLPipeline, args.model_dir, args.device, args.dtype)
-    pipeline.set_progress_bar_config(disable=True)
-    settings = {"num_inference_steps": args.steps, "resolution": args.resolution, "intensity": intensity}
-    began = time.perf_counter()
-    try:
-        maps = cast_shadows(pipeline, image, mask, lights, batch_size=args.batch_size, seed=args.seed, **settings)
-    except ValueError as error:
-        fail(str(error))
-    seconds = time.perf_counter() - began
+    image = open_picture(settings.image, "--image")
+    background = open_background(settings.background, image.size)
+    mask = open_picture(settings.mask, "--mask").convert("L") if settings.mask else None
+    with input_errors(f"error: --output {settings.output}"):
+        settings.output.parent.mkdir(parents=True, exist_ok=True)
 
-    grid = [[] for _ in rows]
+    from backlot.loading import load_pipeline
+    from pipelines.shadow_sdxl.pipeline import ShadowSDXLPipeline, find_mask
+
+    mask = mask or find_mask(image)
+    pipeline = load_pipeline(ShadowSDXLPipeline, settings.model_dir, settings.device, settings.dtype)
+    pipeline.set_progress_bar_config(disable=True)
+    began = time.perf_counter()
+    with input_errors():
+        maps = cast_shadows(
+            pipeline,
+            image,
+            mask,
+            lights,
+            batch_size=settings.batch_size,
+            seed=settings.seed,
+            num_inference_steps=settings.steps,
+            resolution=settings.resolution,
+            intensity=intensity,
+        )
+    seconds = time.perf_counter() - began
+    save(settings, image, mask, background, rows, maps)
+    print(f"{len(lights)} shadow{'s' * (len(lights) > 1)} in {seconds:.2f} s on {pipeline.device}")
+
+
+def save(
+    settings: Settings,
+    image: Image.Image,
+    mask: Image.Image,
+    background: Image.Image,
+    rows: list[list[Light]],
+    maps: list[Image.Image],
+) -> None:
+    """Map, composite and visualization of each light, and the grid of a sweep; their names are printed."""
+    from backlot.pictures import image_grid
+    from pipelines.shadow_sdxl.pipeline import composite
+
+    base, grid = settings.output.with_suffix(""), [[] for _ in rows]
     object_alone = composite(image, Image.new("L", image.size), "#808080", mask)
     places = [(i, light) for i, row in enumerate(rows) for light in row]
     for (row, light), shadow in zip(places, maps, strict=True):
-        name = "{}_theta{:g}_phi{:g}_size{:g}".format(base, *light) if len(lights) > 1 else str(base)
-        blurred = shadow.filter(ImageFilter.GaussianBlur(args.blur)) if args.blur else shadow
-        picture = composite(image, blurred, background, mask, tint=args.tint)
+        name = "{}_theta{:g}_phi{:g}_size{:g}".format(base, *light) if len(maps) > 1 else str(base)
+        blurred = shadow.filter(ImageFilter.GaussianBlur(settings.blur)) if settings.blur else shadow
+        picture = composite(image, blurred, background, mask, tint=settings.tint)
         pictures = [shrink(each) for each in (object_alone, mask, shadow, picture)]
         shadow.save(f"{name}.png")
         picture.save(f"{name}_composite.png")
         image_grid([pictures], [describe(light)]).save(f"{name}_visualization.png")
         grid[row].append(pictures[-1])
         print(f"{name}.png: {describe(light)}")
-    if len(lights) > 1:
+    if len(maps) > 1:
         image_grid(grid, [describe(*row) for row in rows]).save(f"{base}_grid.png")
         print(f"{base}_grid.png")
-    print(f"{len(lights)} shadow{'s' * (len(lights) > 1)} in {seconds:.2f} s on {pipeline.device}")
 
 
 if __name__ == "__main__":

@@ -8,13 +8,15 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers import AutoencoderKL, DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
 from PIL import Image, ImageColor
 from torch import Tensor
 
 from backlot.codecs import PixelCodec, vae_scale_factor
+from backlot.loading import ExportedPipeline
+from backlot.pictures import fit_object, object_pixels, place_in_square
 from pipelines.shadow_sdxl.light import check_light
 from pipelines.shadow_sdxl.unet import NUM_TIMESTEPS, ShadowUNet
 
@@ -28,7 +30,7 @@ class ShadowSDXLPipelineOutput(BaseOutput):
     images: list[Image.Image] | np.ndarray | Tensor
 
 
-class ShadowSDXLPipeline(DiffusionPipeline):
+class ShadowSDXLPipeline(ExportedPipeline):
     """Casts the shadow of an object for any light (arXiv 2412.11972).
 
     Args:
@@ -160,43 +162,15 @@ class ShadowSDXLPipeline(DiffusionPipeline):
         """
         images, masks, lights, picture_of = pair(image, mask, theta, phi, size)
         resolution = self.resolution if resolution is None else resolution
-        self.check_inputs(
-            images,
-            masks,
-            lights,
-            intensity,
-            num_inference_steps,
-            sigmas,
-            resolution,
-            output_type,
-            callback_on_step_end_tensor_inputs,
-        )
-        device, dtype = self._execution_device, self.unet.dtype
+        settings = (intensity, num_inference_steps, sigmas, resolution, output_type)
+        self.check_inputs(images, masks, lights, *settings, callback_on_step_end_tensor_inputs)
         pictures = [prepare(*both, resolution, self.unet.config.fill) for both in zip(images, masks, strict=True)]
-        mask_pixels = torch.stack([picture.mask for picture in pictures]).to(device)
-        object_latents = self.encode(torch.stack([picture.pixel_values for picture in pictures]).to(device))
-        mask_latents = torch.nn.functional.adaptive_avg_pool2d(mask_pixels, object_latents.shape[-2:])
-        rows = torch.tensor(picture_of, device=device)
-        object_latents, mask_latents = object_latents.to(dtype)[rows], mask_latents.to(dtype)[rows]
+        object_latents, mask_latents = self._encode_objects(pictures, picture_of)
         # within the range of training; 360 stays, that its difference to 0 can be measured
         lights = [(theta, phi if 0 <= phi <= 360 else phi % 360, size) for theta, phi, size in lights]
-        light = torch.tensor(lights, dtype=torch.float32, device=device)
-        shape = (len(lights), *object_latents.shape[1:])
-        if latents is not None and tuple(latents.shape) != shape:
-            raise ValueError(f"`latents` must have shape {shape}, got {tuple(latents.shape)}")
-        if isinstance(generator, list) and len(generator) != len(lights):
-            raise ValueError(f"`generator` must be one, or one per map: {len(lights)}, got {len(generator)}")
-        if latents is None:
-            latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
-        latents = latents.to(device=device, dtype=dtype)
-
-        if self.unet.config.prediction_type == "flow":
-            sigmas = sigmas or [1 - i / num_inference_steps for i in range(num_inference_steps)]
-            self.scheduler.set_timesteps(sigmas=sigmas, device=device)
-            step_sizes = (self.scheduler.sigmas[:-1] - self.scheduler.sigmas[1:]).to(device)
-        else:
-            self.scheduler.set_timesteps(num_inference_steps, device=device)
-            step_sizes = torch.zeros(num_inference_steps, device=device)
+        light = torch.tensor(lights, dtype=torch.float32, device=self._execution_device)
+        latents = self._start(latents, (len(lights), *object_latents.shape[1:]), generator)
+        step_sizes = self._set_steps(num_inference_steps, sigmas)
         told = self.unet.config.knows_step_size
         with self.progress_bar(total=len(step_sizes)) as progress_bar:
             for index, (timestep, step_size) in enumerate(zip(self.scheduler.timesteps, step_sizes, strict=True)):
@@ -208,23 +182,50 @@ class ShadowSDXLPipeline(DiffusionPipeline):
                     light,
                     step_size.expand(len(latents)) if told else None,
                 ).sample
-                latents = self.scheduler.step(output, timestep, latents).prev_sample.to(dtype)
+                latents = self.scheduler.step(output, timestep, latents).prev_sample.to(latents.dtype)
                 if callback_on_step_end is not None:
                     tensors = {name: {"latents": latents}[name] for name in callback_on_step_end_tensor_inputs}
                     latents = callback_on_step_end(self, index, timestep, tensors).pop("latents", latents)
                 progress_bar.update()
 
-        if output_type == "latent":
-            maps = latents
-        else:
+        maps = latents
+        if output_type != "latent":
             maps = (self.decode(latents).float().clamp(0, 1) * intensity).clamp(max=1)
-            maps = [pictures[i].restore(shadow[None]) for i, shadow in zip(picture_of, maps, strict=True)]
-            if output_type == "pil":
-                maps = [to_image(shadow) for shadow in maps]
-            else:
-                maps = torch.cat(maps) if output_type == "pt" else torch.cat(maps)[:, 0].cpu().numpy()
+            maps = restore_maps(maps, [pictures[i] for i in picture_of], output_type)
         self.maybe_free_model_hooks()
         return ShadowSDXLPipelineOutput(images=maps) if return_dict else (maps,)
+
+    def _encode_objects(self, pictures: list[Picture], picture_of: list[int]) -> tuple[Tensor, Tensor]:
+        """The latents of objects and of masks, a row for each map; a picture is encoded once."""
+        device, dtype = self._execution_device, self.unet.dtype
+        mask_pixels = torch.stack([picture.mask for picture in pictures]).to(device)
+        object_latents = self.encode(torch.stack([picture.pixel_values for picture in pictures]).to(device))
+        mask_latents = torch.nn.functional.adaptive_avg_pool2d(mask_pixels, object_latents.shape[-2:])
+        rows = torch.tensor(picture_of, device=device)
+        return object_latents.to(dtype)[rows], mask_latents.to(dtype)[rows]
+
+    def _start(
+        self, latents: Tensor | None, shape: tuple[int, ...], generator: torch.Generator | list[torch.Generator] | None
+    ) -> Tensor:
+        """The noise that is given, checked, or else drawn."""
+        if latents is not None and tuple(latents.shape) != shape:
+            raise ValueError(f"`latents` must have shape {shape}, got {tuple(latents.shape)}")
+        if isinstance(generator, list) and len(generator) != shape[0]:
+            raise ValueError(f"`generator` must be one, or one per map: {shape[0]}, got {len(generator)}")
+        device, dtype = self._execution_device, self.unet.dtype
+        if latents is None:
+            latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
+        return latents.to(device=device, dtype=dtype)
+
+    def _set_steps(self, num_inference_steps: int, sigmas: list[float] | None) -> Tensor:
+        """Set the scheduler's steps, and give the length of each in sigma, 0 in a diffusion."""
+        device = self._execution_device
+        if self.unet.config.prediction_type != "flow":
+            self.scheduler.set_timesteps(num_inference_steps, device=device)
+            return torch.zeros(num_inference_steps, device=device)
+        sigmas = sigmas or [1 - i / num_inference_steps for i in range(num_inference_steps)]
+        self.scheduler.set_timesteps(sigmas=sigmas, device=device)
+        return (self.scheduler.sigmas[:-1] - self.scheduler.sigmas[1:]).to(device)
 
     def encode(self, pixel_values: Tensor) -> Tensor:
         """Pictures (B, 3, H, W) in [-1, 1] -> scaled latents, the posterior's mode. In the VAE's own precision."""
@@ -292,14 +293,12 @@ class Picture:
 
     def restore(self, shadow: Tensor) -> Tensor:
         """A map (1, 1, R, R) of the square -> (1, 1, H, W) of the original picture."""
-        width, height = self.size
-        side = max(width, height)
-        if shadow.shape[-1] != side:
-            shadow = torch.nn.functional.interpolate(
-                shadow, (side, side), mode="bilinear", antialias=shadow.shape[-1] > side
-            )
-        left, top = (side - width) // 2, (side - height) // 2
-        return shadow[..., top : top + height, left : left + width]
+        left, top, width, height = place_in_square(*self.size, shadow.shape[-1])
+        shadow = shadow[..., top : top + height, left : left + width]
+        if (width, height) != self.size:
+            reduces = max(width, height) > max(self.size)
+            shadow = torch.nn.functional.interpolate(shadow, self.size[::-1], mode="bilinear", antialias=reduces)
+        return shadow
 
 
 def prepare(image: Image.Image | Tensor, mask: Image.Image | Tensor | None, resolution: int, fill: float) -> Picture:
@@ -307,18 +306,10 @@ def prepare(image: Image.Image | Tensor, mask: Image.Image | Tensor | None, reso
     if isinstance(image, Tensor):
         return Picture(image.float(), mask.float(), (resolution, resolution))
     mask = find_mask(image) if mask is None else mask.convert("L")
-    alpha = np.array(mask, np.float32)[..., None] / 255
-    pixels = alpha * np.array(image.convert("RGB"), np.float32) / 255 + (1 - alpha) * fill
-    side = max(image.size)
-    left, top = (side - image.width) // 2, (side - image.height) // 2
-    square = np.full((side, side, 4), [fill, fill, fill, 0], np.float32)
-    square[top : top + image.height, left : left + image.width] = np.concatenate([pixels, alpha], axis=2)
-    channels = [Image.fromarray(channel) for channel in square.transpose(2, 0, 1)]
-    if side != resolution:
-        filters = [Image.Resampling.LANCZOS] * 3 + [Image.Resampling.BOX]
-        channels = [x.resize((resolution, resolution), how) for x, how in zip(channels, filters, strict=True)]
-    values = torch.from_numpy(np.stack(channels)).clamp(0, 1)
-    return Picture(values[:3] * 2 - 1, values[3:], image.size)
+    pixels, alpha = object_pixels(image, mask, fill), np.asarray(mask, np.float32) / 255
+    pixels, alpha = fit_object(pixels, alpha, resolution, fill)
+    pixel_values = torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1)))
+    return Picture(pixel_values.mul_(2).sub_(1), torch.from_numpy(alpha)[None], image.size)
 
 
 def find_mask(image: Image.Image) -> Image.Image:
@@ -332,6 +323,14 @@ def find_mask(image: Image.Image) -> Image.Image:
     border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
     differs = np.abs(pixels - np.median(border, axis=0)).max(-1) > 25
     return Image.fromarray(differs.astype(np.uint8) * 255)
+
+
+def restore_maps(maps: Tensor, pictures: list[Picture], output_type: str) -> list[Image.Image] | np.ndarray | Tensor:
+    """Maps (B, 1, R, R) in [0, 1], each as large as its picture: `pil`, `np` (B, H, W) or `pt` (B, 1, H, W)."""
+    restored = [picture.restore(shadow[None]) for picture, shadow in zip(pictures, maps, strict=True)]
+    if output_type == "pil":
+        return [to_image(shadow) for shadow in restored]
+    return torch.cat(restored) if output_type == "pt" else torch.cat(restored)[:, 0].cpu().numpy()
 
 
 def to_image(shadow: Tensor) -> Image.Image:

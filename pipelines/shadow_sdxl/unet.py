@@ -147,7 +147,7 @@ class ShadowUNet(ModelMixin, ConfigMixin):
         shaped = sorted(set(settings) & {*SHAPE, "latent_channels"} - {"sample_size"})
         if shaped:
             raise ValueError(f"`{shaped[0]}` is the checkpoint's: only new parts can be set")
-        source = UNet2DConditionModel.from_pretrained(folder, subfolder="unet", torch_dtype=torch.float32)
+        source = UNet2DConditionModel.from_pretrained(folder, subfolder="unet", dtype=torch.float32)
         if source.config.addition_embed_type != "text_time":
             raise ValueError(f"{folder} is not an SDXL checkpoint: its UNet has no embedding of text and picture size")
         channels = source.config.in_channels, source.config.out_channels

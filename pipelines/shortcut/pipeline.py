@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline
+from diffusers import AutoencoderKL
 from diffusers.image_processor import VaeImageProcessor
 from diffusers.utils import BaseOutput
 from diffusers.utils.torch_utils import randn_tensor
@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from backlot.codecs import PixelCodec
+from backlot.loading import ExportedPipeline
 from pipelines.shortcut.scheduler import ShortcutScheduler
 from pipelines.shortcut.transformer import ShortcutDiT
 
@@ -26,7 +27,7 @@ class ShortcutPipelineOutput(BaseOutput):
     images: list[Image.Image] | np.ndarray | Tensor
 
 
-class ShortcutPipeline(DiffusionPipeline):
+class ShortcutPipeline(ExportedPipeline):
     """Samples a trained `ShortcutDiT`.
 
     Args:

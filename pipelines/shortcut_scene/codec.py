@@ -13,8 +13,8 @@ from diffusers import SchedulerMixin
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from torch import Tensor
 
-POSES = {"6drotation_normalized": 6, "scale": 3, "translation": 3}
-MODALITIES = ("6drotation_normalized", "scale", "shape", "translation", "translation_scale")
+from backlot.modalities import MODALITIES as MODALITIES
+
 MIN_STD = 1e-3  # a constant channel, e.g. the height of a yaw's axis, would otherwise turn rounding into signal
 # SAM 3D Objects standardises 6D rotations by these and nothing else.
 SAM3D_MEAN = (-0.06366085, 0.00843822, 0.00017085, 0.00071266, -0.00309167, 0.51660938)

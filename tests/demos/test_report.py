@@ -53,7 +53,7 @@ def test_the_report_needs_no_network_and_its_pictures_decode(written):
     assert "https:" not in text
     assert 'name="viewport"' in text
     pictures = PICTURE.findall(text)
-    assert len(pictures) == text.count("<img") == 5
+    assert len(pictures) == text.count("<img") == 6
     for data in pictures:
         assert min(Image.open(io.BytesIO(base64.b64decode(data))).size) > 100
 
@@ -76,5 +76,5 @@ def test_every_picture_decodes_in_a_browser_and_the_page_fits_a_phone(written, t
     command = [BROWSER, "--headless=new", "--no-sandbox", "--disable-gpu", "--window-size=390,844", "--dump-dom"]
     dumped = subprocess.run([*command, page.as_uri()], capture_output=True, text=True, timeout=120, check=True).stdout
     found = json.loads(re.search("<title>(.*?)</title>", dumped)[1].replace("&quot;", '"'))
-    assert found["pictures"] == [True] * 5
+    assert found["pictures"] == [True] * 6
     assert found["overflow"] <= 0

@@ -8,11 +8,12 @@ import json
 import re
 
 import pytest
+import runs
 import torch
 from PIL import Image
 
 from backlot.codecs import PixelCodec
-from demos import shadow
+from demos import common, scene, shadow, shortcut
 from pipelines.shadow_sdxl import ShadowSDXLPipeline, ShadowUNet, create_scheduler
 
 PICTURE = re.compile(r'<img src="data:image/png;base64,([^"]+)"')
@@ -69,16 +70,32 @@ def test_the_report_needs_no_network_and_its_pictures_decode(written):
     assert "http:" not in text
     assert "https:" not in text
     pictures = PICTURE.findall(text)
-    assert len(pictures) == text.count("<img") == 6
+    assert len(pictures) == text.count("<img") == 7
     for data in pictures:
         assert min(Image.open(io.BytesIO(base64.b64decode(data))).size) > 100
 
 
-def test_a_foreign_folder_is_left_alone(tmp_path):
+@pytest.mark.parametrize("demo", [shortcut, shadow, scene], ids=lambda module: module.__name__)
+def test_a_foreign_folder_is_left_alone(tmp_path, monkeypatch, capsys, demo):
+    monkeypatch.chdir(runs.ROOT)
     (tmp_path / "letters").mkdir()
-    with pytest.raises(SystemExit, match="exists and is no earlier demo"):
-        shadow.main(["--output_dir", str(tmp_path)])
+    with pytest.raises(SystemExit, match="2"):
+        demo.main(["--output_dir", str(tmp_path)])
+    assert capsys.readouterr().err == f"error: {tmp_path} exists and is no earlier demo: choose another --output_dir\n"
     assert (tmp_path / "letters").is_dir()
+
+
+def test_the_exit_code_of_a_training_that_fails_is_passed_on(tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(runs.ROOT)
+    monkeypatch.setattr(scene, "RUNS", {"scene": ["--model.bananas", "7"]})
+    with pytest.raises(SystemExit) as stopped:
+        scene.train(tmp_path / "data", tmp_path / "vae", tmp_path, 1)
+    assert stopped.value.code == 2
+    assert "unknown key --model.bananas" in capfd.readouterr().err
+    with pytest.raises(SystemExit) as stopped:
+        raise common.child_failed(-9, "killed")
+    assert stopped.value.code == 137
+    assert capfd.readouterr().err == "killed\n"
 
 
 @pytest.mark.slow

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from backlot.codecs import PixelCodec
 from data_prep.images.digits import load_digits
-from evaluation.shortcut.__main__ import main, to_images, to_model_space
+from evaluation.shortcut.__main__ import main
 from evaluation.shortcut.measure import DigitsReference, draw_samples, loss_by_level_and_time, sample_noise
 from evaluation.shortcut.metrics import InceptionFeatures, frechet_distance, to_uint8
+from evaluation.shortcut.report import to_images, to_model_space
 from objectives.rectified_flow import interpolate, squared_error
 from objectives.settings import ObjectiveConfig
 from pipelines.shortcut import OFFICIAL, ShortcutDiT, ShortcutPipeline, ShortcutScheduler
@@ -341,12 +342,12 @@ def model(tmp_path_factory):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("--steps 0", "argument --steps: must be at least 1, got 0"),
-        ("--steps many", "argument --steps: invalid int value: 'many'"),
-        ("--num_samples 1", "argument --num_samples: must be at least 2, got 1"),
-        ("--guidance_scale nan", "argument --guidance_scale: must be at least 0, got nan"),
-        ("--mode jump", "argument --mode: invalid choice: 'jump'"),
-        ("--step 1", "unrecognized arguments: --step 1"),
+        ("--steps 0", "--steps 0: input should be greater than or equal to 1"),
+        ("--steps many", "--steps many: input should be a valid integer"),
+        ("--num_samples 1", "--num_samples 1: input should be greater than or equal to 2"),
+        ("--guidance_scale nan", "--guidance_scale nan: input should be a finite number"),
+        ("--mode jump", "--mode jump: input should be 'shortcut' or 'flow'"),
+        ("--step 1", "unknown key --step; did you mean --steps?"),
         ("--device abacus", "cannot be loaded on abacus"),
         ("--steps 1 --dataset_name imagefolder", "`path` must be given for 'imagefolder'"),
         ("--dataset_name imagefolder --path PICTURES", "shape (1, 8, 8), those of imagefolder are (3, 8, 8)"),
@@ -384,12 +385,13 @@ def test_a_folder_without_a_pipeline_and_steps_that_are_all_refused(model, tmp_p
     assert "no steps are left to measure" in printed.err
 
 
-def test_a_model_that_has_diverged_is_named(tmp_path):
+def test_a_model_that_has_diverged_is_named(tmp_path, capsys):
     folder = tmp_path / "model"
     network = build(in_channels=3, num_classes=2)
     with torch.no_grad():
         network.proj_out.bias.fill_(torch.nan)
     ShortcutPipeline(network, ShortcutScheduler(16)).save_pretrained(folder)
     pictures = save_pictures(tmp_path / "pictures", count=2)
-    with pytest.raises(SystemExit, match="the samples of 1 step are not finite"):
+    with pytest.raises(SystemExit, match="2"):
         main([str(folder), "--dataset_name", "imagefolder", "--path", str(pictures), "--num_samples", "4"])
+    assert "error: the samples of 1 step are not finite, this model has diverged\n" in capsys.readouterr().err

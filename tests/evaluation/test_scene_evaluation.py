@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from backlot.rendering import mesh_colors, object_color
 from data_prep.scenes.dataset import SceneDataset
 from data_prep.scenes.format import pack_occupancy, write_scene
-from evaluation.shortcut_scene.__main__ import format_report, has_floor, main
+from evaluation.shortcut_scene.__main__ import main
 from evaluation.shortcut_scene.measure import (
     LAYOUT_METRICS,
     SHAPE_METRICS,
@@ -32,6 +32,7 @@ from evaluation.shortcut_scene.measure import (
     unpad,
 )
 from evaluation.shortcut_scene.metrics import Boxes
+from evaluation.shortcut_scene.report import format_report, has_floor
 from pipelines.shortcut_scene import (
     OccupancyVAE,
     PoseCodec,
@@ -423,8 +424,8 @@ def test_scenes_in_the_cameras_frame_have_no_floor(tmp_path, root):
         (["{model}", "--data", "{root}", "--split", "test"], "split 'test' of .* is missing"),
         (["{model}", "--data", "{root}/none"], "split 'val' of .*none is missing"),
         (["{root}", "--data", "{root}"], "holds no exported pipeline"),
-        (["{model}"], "the following arguments are required: --data"),
-        (["{model}", "--data", "{root}", "--steps", "0"], "argument --steps: must be at least 1, got 0"),
+        (["{model}"], "--data is required"),
+        (["{model}", "--data", "{root}", "--steps", "0"], "--steps 0: input should be greater than or equal to 1"),
         (["{model}", "--data", "{root}", "--output", "{root}"], "--output: .* is a folder"),
         (["{bare}", "--data", "{root}", "--meshes"], "--meshes: the pipeline of .* has no VAE"),
         (["{bare}", "--data", "{root}"], "scene 'scene_0' of .*: conditionals: pointmap missing"),

@@ -17,7 +17,7 @@ from torch import Tensor
 from backlot.codecs import PixelCodec
 from data_prep.shadows.dataset import ShadowDataset
 from evaluation.shadow_sdxl import cast
-from evaluation.shadow_sdxl.__main__ import format_report, main
+from evaluation.shadow_sdxl.__main__ import main
 from evaluation.shadow_sdxl.measure import (
     compute_mean_map,
     evaluate,
@@ -44,6 +44,7 @@ from evaluation.shadow_sdxl.metrics import (
     ssim,
     zncc,
 )
+from evaluation.shadow_sdxl.report import format_report
 from pipelines.shadow_sdxl import ShadowSDXLPipeline, ShadowUNet, create_scheduler
 
 CONFIG = {
@@ -618,14 +619,14 @@ def test_cells_without_a_number_are_dashes(oracle_data):
     [
         ("", "give --data or --benchmark, or both"),
         ("--data nowhere", "`path` must be a folder or a tar file of shadow data, nowhere does not exist"),
-        ("--data DISCS --steps 0", "argument --steps: must be at least 1, got 0"),
-        ("--data DISCS --num_draws 0", "argument --num_draws: must be at least 1, got 0"),
-        ("--data DISCS --haze 2", "argument --haze: must be in [0, 1], got 2"),
-        ("--data DISCS --metric_resolution 8", "argument --metric_resolution: must be at least 11, got 8"),
-        ("--data DISCS --split test", "argument --split: invalid choice: 'test'"),
+        ("--data DISCS --steps 0", "--steps 0: input should be greater than or equal to 1"),
+        ("--data DISCS --num_draws 0", "--num_draws 0: input should be greater than or equal to 1"),
+        ("--data DISCS --haze 2", "--haze 2: input should be less than or equal to 1"),
+        ("--data DISCS --metric_resolution 8", "--metric_resolution 8: input should be greater than or equal to 11"),
+        ("--data DISCS --split test", "--split test: input should be 'train', 'validation' or 'all'"),
         ("--data DISCS --resolution 18", "`resolution` must be a multiple of 8, got 18"),
         ("--data DISCS --device abacus", "cannot be loaded on abacus"),
-        ("--data DISCS --dat x", "unrecognized arguments: --dat x"),
+        ("--data DISCS --dat x", "unknown key --dat; did you mean --data?"),
         ("--data DISCS --output OUT", "OUT is a folder"),
         ("--data DISCS --output DISCS/metadata.json/x.json --steps 1 --num_draws 1", "exists"),
         ("--data DISCS --train_data nowhere", "nowhere does not exist"),

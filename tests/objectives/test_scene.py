@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from objectives import scene
 from objectives.rectified_flow import interpolate
-from objectives.settings import SCENE_RULES, SceneObjectiveConfig
+from objectives.settings import SceneObjectiveConfig
 from objectives.shortcut import bootstrap_targets
 
 WIDTHS = {"6drotation_normalized": (1, 6), "scale": (1, 3), "shape": (4, 5), "translation": (1, 3)}
@@ -47,7 +47,7 @@ def run(config: SceneObjectiveConfig, batch: int = 6, seed: int = 0, step: int =
     conditions = known(batch)
     null = scene.without_condition(conditions)
     network = linear_network(calls)
-    return draws, scene.scene_loss(network, network, data, mask, conditions, null, draws, config)
+    return draws, scene.scene_loss(network, network, data, mask, conditions, null, draws, config)[:2]
 
 
 configs = st.builds(
@@ -59,7 +59,6 @@ configs = st.builds(
     logit_mean=st.floats(-2, 2),
     pure_noise_prob=st.floats(0, 1),
     condition_dropout_prob=st.floats(0, 0.99),
-    cfg_target=st.sampled_from(["base", "all"]),
     fm_in_shortcut_target_prob=st.floats(0, 1),
 )
 
@@ -90,8 +89,7 @@ def test_corrected_draws_stay_on_the_ladder(config, batch, seed):
     if config.fm_in_shortcut_target_prob == 0:
         assert torch.equal(draws.queried, torch.where(size == 1 / 64, 0.0, size / 2))
     assert all(row < count for row in draws.guidable)
-    if config.cfg_target == "base":
-        assert all(bool((size[row] == 1 / 64).all()) for row in draws.guidable)
+    assert all(bool((size[row] == 1 / 64).all()) for row in draws.guidable)
 
 
 @settings(max_examples=60, deadline=None)
@@ -116,12 +114,12 @@ def test_losses_are_finite_and_padding_has_no_say(config, batch, seed):
 
 
 def test_share_of_self_consistency_and_guidance_in_small_batches():
-    config = SceneObjectiveConfig(self_consistency_prob=0.25, ratio_cfg_samples=0.5, cfg_target="all")
+    config = SceneObjectiveConfig(self_consistency_prob=0.25, ratio_cfg_samples=0.5)
     for batch in (1, 2, 3):
         data, mask = make_scenes(batch, 2)
         draws = [scene.draw(data, mask, config, 0, torch.Generator().manual_seed(seed)) for seed in range(2000)]
         assert sum(d.num_bootstrap for d in draws) / 2000 == pytest.approx(0.25 * batch, abs=0.03)
-        assert sum(len(d.guidable) for d in draws) / 2000 == pytest.approx(0.125 * batch, abs=0.03)
+        assert sum(len(d.guidable) for d in draws) / 2000 == pytest.approx(0.125 * batch / 7, abs=0.01)
 
 
 def test_every_level_is_drawn_equally_often():
@@ -168,38 +166,54 @@ def test_guidance_changes_the_named_modalities_at_the_finest_step_only():
         assert torch.equal(changed, expected)
 
 
-# what each switch of the reference is seen to change
-SWITCHES = {
-    "t_sampling": lambda draws: bool((draws.t + draws.step_size > 1).any()),
-    "d_ladder": lambda draws: bool((draws.step_size == 2).any()),
-    "finest_teacher": lambda draws: bool((draws.queried == 1 / 128).any()),
-    "cfg_target": lambda draws: any(draws.step_size[row] > 1 / 64 for row in draws.guidable),
-    "sc_cond_dropout": lambda draws: bool(draws.drop[: draws.num_bootstrap].any()),
-    "cfg_partial_all_modalities": lambda draws: draws.guided_modalities is None,
+# what the rules of the reference are seen to do, and the corrected ones never
+FAULTS = {
+    "steps beyond the data": lambda draws: bool((draws.t + draws.step_size > 1).any()),
+    "steps of 2": lambda draws: bool((draws.step_size == 2).any()),
+    "the finest half step by its size": lambda draws: bool((draws.queried == 1 / 128).any()),
+    "guidance at large steps": lambda draws: any(draws.step_size[row] > 1 / 64 for row in draws.guidable),
+    "conditions dropped on self-consistency rows": lambda draws: bool(draws.drop[: draws.num_bootstrap].any()),
+    "all modalities guided": lambda draws: draws.guided_modalities is None,
 }
 
 
-@pytest.mark.parametrize("switch", SWITCHES)
-def test_a_switch_changes_what_it_names(switch):
-    base = {"self_consistency_prob": 0.8, "condition_dropout_prob": 0.5}
-    corrected = SceneObjectiveConfig(**base)
-    switched = SceneObjectiveConfig(**base, **{switch: SCENE_RULES["reference"][switch]})
-    seen = [any(SWITCHES[switch](run(c, 16, seed)[0]) for seed in range(12)) for c in (corrected, switched)]
+@pytest.mark.parametrize("fault", FAULTS)
+def test_only_the_reference_has_its_faults(fault):
+    base = {"self_consistency_prob": 0.8, "condition_dropout_prob": 0.5, "mode": "object"}
+    configs = [SceneObjectiveConfig(**base, rules=rules) for rules in ("corrected", "reference")]
+    seen = [any(FAULTS[fault](run(config, 16, seed)[0]) for seed in range(12)) for config in configs]
     assert seen == [False, True]
 
 
+def test_the_reference_fills_its_teacher_and_law_of_t():
+    config = SceneObjectiveConfig(rules="reference")
+    assert (config.teacher, config.time_law, config.sync_draws) == ("live", "logit_normal", False)
+    assert SceneObjectiveConfig(rules="reference", time_law="uniform").time_law == "uniform"
+    corrected = SceneObjectiveConfig()
+    assert (corrected.teacher, corrected.time_law, corrected.sync_draws) == ("ema", "uniform", True)
+
+
+def test_the_reference_tells_flow_rows_twice_the_step_size():
+    largest = [
+        run(SceneObjectiveConfig(self_consistency_prob=0, fm_eps_max=0.1, rules=rules), 500)[0].step_size.max().item()
+        for rules in ("corrected", "reference")
+    ]
+    assert largest == pytest.approx([0.1, 0.2], rel=0.02)
+
+
 def test_floor_never_reaches_a_small_batch_of_objects():
-    config = SceneObjectiveConfig(mode="object", count="floor")
+    config = SceneObjectiveConfig(mode="object", rules="reference")
     assert all(run(config, 3, seed)[0].num_bootstrap == 0 for seed in range(50))
     assert any(run(SceneObjectiveConfig(mode="object"), 3, seed)[0].num_bootstrap for seed in range(50))
 
 
 def test_normalisation_by_rows_and_by_kind():
-    rows, split = (
-        SceneObjectiveConfig(self_consistency_prob=0.5, normalise=n, shortcut_loss_weight=3) for n in ("rows", "split")
-    )
-    draws, (by_rows, metrics) = run(rows)
-    by_kind = run(split)[1][0]
+    settings = {"self_consistency_prob": 0.5, "shortcut_loss_weight": 3, "guidance_scale": 1}
+    draws, (by_rows, metrics) = run(SceneObjectiveConfig(**settings))
+    data, mask = make_scenes(6, 4, 0)
+    network, conditions = linear_network(), known(6)
+    reference = SceneObjectiveConfig(**settings, rules="reference")
+    by_kind = scene.scene_loss(network, network, data, mask, conditions, conditions, draws, reference)[0]
     consistency, flow = (metrics[k] for k in ("self_consistency_loss", "flow_matching_loss"))
     assert draws.num_bootstrap == 3
     torch.testing.assert_close(by_rows, (3 * consistency[0] + flow[0]) / 6)
@@ -217,8 +231,9 @@ def test_rows_weigh_by_their_objects_on_request():
     total = sum(errors.values())
     per_scene = scene.scene_loss(*arguments)[0]
     torch.testing.assert_close(per_scene, (total[0, 0] + total[1].mean()) / 2)
-    per_object = scene.scene_loss(*arguments, mean_objects=torch.tensor(2.0))[0]
-    torch.testing.assert_close(per_object, (total[0, 0] + total[1].sum()) / 4)
+    config = config.model_copy(update={"reduction": "object"})
+    loss, _, weight = scene.scene_loss(*arguments[:-1], config)
+    torch.testing.assert_close(loss / weight, (total[0, 0] + total[1].sum()) / 4)
 
 
 def test_metrics_are_sums_and_counts_that_add_up():

@@ -65,14 +65,14 @@ def inject(arrays, scene: bool, group, config: SceneObjectiveConfig):
         rows, t, d, count = torch.tensor([0]), t[None], d[None], int(count > 0)
     else:
         rows = torch.cat([chosen, torch.tensor([i for i in range(len(t)) if i not in chosen.tolist()]).long()])
-    named = torch.from_numpy(arrays["eps_uniform"]).reshape(d.shape) * config.fm_eps_max
+    named = torch.from_numpy(arrays["eps_uniform"]).reshape(d.shape) * 2 * config.fm_eps_max
     step_size = torch.where(d == 0, named, 2 * d)[rows]
     coins = arrays["draws_given"].tolist()
     if scene:
         guided = list(range(count)) if coins and coins[0] < config.ratio_cfg_samples else []
     else:
         guided = list(range(int(count * config.ratio_cfg_samples)))
-    partial = config.cfg_partial_all_modalities and len(guided) < count
+    partial = len(guided) < count
     return Draws(
         noise=take(group("x0"), rows),
         t=t[rows],
@@ -111,7 +111,7 @@ def test_losses_equal_the_reference(setting):
     mask = torch.ones(data["shape"].shape[:2], dtype=torch.bool)
     calls = []
     network = toy_network(flags["cross"], calls)
-    loss, metrics = scene_loss(network, network, data, mask, conditions, null, draws, config)
+    loss, metrics, _ = scene_loss(network, network, data, mask, conditions, null, draws, config)
 
     close = {"rtol": 0, "atol": 1e-9}
     torch.testing.assert_close(loss, torch.tensor(float(arrays["loss"]), dtype=torch.float64), **close)

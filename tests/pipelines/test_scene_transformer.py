@@ -8,6 +8,7 @@ import torch
 from pipelines.shortcut_scene import PRESETS, SceneShortcutTransformer
 from pipelines.shortcut_scene.picture_embedder import average_points, cut_windows, embed_points, surface_normals
 from pipelines.shortcut_scene.transformer import join_tokens, split_tokens
+from trainers.common import load_weights
 
 TINY = {
     "shape_tokens": 8,
@@ -117,21 +118,21 @@ def test_new_layers_between_objects_leave_an_object_model_unchanged(scope, tmp_p
     objects = create(attention_scope=["object"], use_shortcut=False)
     objects.save_pretrained(tmp_path)
     scenes = create(trained=False, **scope)
-    scenes.start_from(str(tmp_path))
+    load_weights(scenes, tmp_path, may_lack=scenes.begins_without_effect)
     sample, *given = make()
     # bit for bit up to the order in which a longer attention adds up
     for name, change in difference(predict(objects, sample, *given), predict(scenes, sample, *given)).items():
         assert change < 1e-5, name
 
 
-def test_start_from_names_what_does_not_fit(tmp_path):
+def test_weights_handed_over_name_what_does_not_fit(tmp_path):
     create(hidden_size=64).save_pretrained(tmp_path / "wide")
     create(num_layers=1).save_pretrained(tmp_path / "short")
     create(object_condition="slot").save_pretrained(tmp_path / "slots")
     network = create()
-    for folder, message in (("wide", "another shape: size mismatch"), ("short", "blocks.1"), ("slots", "slots.weight")):
+    for folder, message in (("wide", "of another shape"), ("short", "blocks.1"), ("slots", "slots.weight")):
         with pytest.raises(ValueError, match=message):
-            network.start_from(str(tmp_path / folder))
+            load_weights(network, tmp_path / folder, may_lack=network.begins_without_effect)
 
 
 def test_shape_latents_joined_to_larger_tokens():
@@ -352,14 +353,19 @@ def test_it_is_saved_and_loaded_bit_for_bit(tmp_path):
     )
 
 
+def as_float32(values):
+    return {name: value.float() for name, value in values.items()}
+
+
 def test_bf16_stays_near_float32():
     network = create()
     sample, t, d, conditions = make()
-    exact = predict(network, sample, t, d, conditions)
-    low = {k: v.bfloat16() for k, v in sample.items()}
-    rough = predict(network.bfloat16(), low, t, d, {k: v.bfloat16() for k, v in conditions.items()})
+    low, told = ({k: v.bfloat16() for k, v in values.items()} for values in (sample, conditions))
+    # the same rounded inputs: what is measured is the network's own arithmetic
+    exact = predict(network, as_float32(low), t, d, as_float32(told))
+    rough = predict(network.bfloat16(), low, t, d, told)
     for name in exact:
-        torch.testing.assert_close(rough[name].float(), exact[name], rtol=0.1, atol=0.1)
+        assert (rough[name].float() - exact[name]).norm() < 0.02 * exact[name].norm(), name
 
 
 def test_points_are_exact_in_bf16():

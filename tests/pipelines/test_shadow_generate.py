@@ -74,6 +74,10 @@ def cast_one(theta=30.0, phi=45.0, size=4.0, seed=0, **settings) -> Image.Image:
     return build()(draw_object(), None, theta, phi, size, generator=generator, **settings).images[0]
 
 
+def distance(picture, expected) -> float:
+    return float(np.linalg.norm(np.asarray(picture, float) - np.asarray(expected, float)))
+
+
 def test_one_light_gives_map_composite_and_visualization(model, cup, capsys):
     written = generate(model, cup)
     assert list(written) == ["cup.png", "cup_composite.png", "cup_visualization.png"]
@@ -147,9 +151,11 @@ def test_a_sweep_writes_every_combination_and_a_grid(model, cup, capsys):
     written = generate(model, cup, "--theta 10 40 --phi 0 90 180 --size 2")
     assert len(written) == 6 * 3 + 1
     one = cast_one(40, 90, 2)
-    assert np.array_equal(written["cup_theta40_phi90_size2.png"], np.asarray(one))
-    expected = np.asarray(composite(draw_object(), one))
-    assert np.array_equal(written["cup_theta40_phi90_size2_composite.png"], expected)
+    # six at once are rounded otherwise than one alone, which is little beside what the light changes
+    others = [written[f"cup_theta{theta}_phi{phi}_size2.png"] for theta, phi in ((10, 90), (40, 0), (40, 180))]
+    assert distance(written["cup_theta40_phi90_size2.png"], one) < 0.2 * min(distance(other, one) for other in others)
+    expected = written["cup_theta40_phi90_size2_composite.png"]
+    assert distance(expected, composite(draw_object(), one)) < 0.01 * np.linalg.norm(expected)
     grid = written["cup_grid.png"]  # two rows of three; this one lies in the second row, second column
     gap = 3
     top, left = gap + HEIGHT + gap, grid.shape[1] - gap - 2 * (WIDTH + gap) + gap
@@ -201,20 +207,20 @@ def test_pictures_without_alpha_are_warned_about(model, cup, caplog):
         ("--image nowhere.png", "--image nowhere.png: there is no such file"),
         ("--image TEXT", "--image TEXT: it cannot be read as a picture"),
         ("--image OBJECT --mask OTHER", "`mask` must have the size of its image, (24, 16), got (8, 8)"),
-        ("--image OBJECT --theta 46", "argument --theta: must be in [0, 45], got 46"),
-        ("--image OBJECT --size 1", "argument --size: must be in [2, 8], got 1"),
-        ("--image OBJECT --phi nan", "argument --phi: must be in [-360, 360], got nan"),
-        ("--image OBJECT --intensity -1", "argument --intensity: must be in [0, 10], got -1"),
-        ("--image OBJECT --steps 0", "argument --steps: must be at least 1, got 0"),
-        ("--image OBJECT --tint colourless", "argument --tint: invalid colour value: 'colourless'"),
+        ("--image OBJECT --theta 46", "--theta 46: input should be less than or equal to 45"),
+        ("--image OBJECT --size 1", "--size 1: input should be greater than or equal to 2"),
+        ("--image OBJECT --phi nan", "--phi nan: input should be a finite number"),
+        ("--image OBJECT --intensity -1", "--intensity -1: input should be greater than or equal to 0"),
+        ("--image OBJECT --steps 0", "--steps 0: input should be greater than or equal to 1"),
+        ("--image OBJECT --tint colourless", "--tint colourless: unknown color specifier: 'colourless'"),
         ("--image OBJECT --background nothing", "--background nothing: neither a colour nor a file"),
-        ("--image OBJECT --preset rainy", "argument --preset: invalid choice: 'rainy'"),
+        ("--image OBJECT --preset rainy", "--preset rainy: input should be 'studio', 'sunny', 'overcast' or 'indoor'"),
         ("--image OBJECT --time_of_day noon --phi 3", "--time_of_day sets theta and phi: give either"),
         ("--image OBJECT --resolution 18", "`resolution` must be a multiple of 8, got 18"),
-        ("--image OBJECT --output shadow.jpg", "--output must end in .png, got shadow.jpg"),
+        ("--image OBJECT --output shadow.jpg", "--output shadow.jpg: must end in .png"),
         ("--image OBJECT --output TEXT/x.png", "--output TEXT/x.png: "),
         ("--image OBJECT --device abacus", "cannot be loaded on abacus"),
-        ("", "the following arguments are required: --image"),
+        ("", "--image is required"),
     ],
 )
 def test_a_wrong_argument_is_one_line_and_exit_code_2(model, cup, tmp_path, arguments, message, capsys):

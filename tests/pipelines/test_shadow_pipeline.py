@@ -12,7 +12,9 @@ from diffusers import AutoencoderKL, DDIMScheduler, FlowMatchEulerDiscreteSchedu
 from PIL import Image, ImageDraw
 
 from backlot.codecs import PixelCodec
+from data_prep.shadows.dataset import ShadowDataset
 from pipelines.shadow_sdxl import ShadowSDXLPipeline, ShadowUNet, composite, create_scheduler
+from pipelines.shadow_sdxl.pipeline import prepare
 
 SIDE = 16  # pixels: latents of 8 x 8, two pixels each way
 CONFIG = {
@@ -301,7 +303,25 @@ def test_a_missing_mask_is_guessed_with_a_warning(pipeline, caplog):
     assert torch.equal(network.calls[0]["mask"][0, 0], expected)
 
 
-@pytest.mark.parametrize("size", [(32, 20), (20, 32), (21, 16), (16, 9), (13, 13), (40, 6)])
+@pytest.mark.parametrize("size", [(32, 20), (20, 32), (21, 16), (16, 9), (13, 13), (40, 6), (300, 7)])
+def test_training_and_inference_see_the_same_square(pipeline, tmp_path, size):
+    """A file that the data set reads and a picture that a user gives become the same tensors."""
+    image = picture(size, (2, 2, size[0] // 2, size[1] // 2))
+    ramp = np.linspace(0, 255, size[0] * size[1]).reshape(size[::-1]).astype(np.uint8)
+    image.putalpha(Image.fromarray(ramp))  # soft edges, too
+    for folder, file in {"objects": image, "masks": image.getchannel("A"), "shadows": Image.new("L", size)}.items():
+        (tmp_path / folder).mkdir()
+        file.save(tmp_path / folder / "a.png")
+    (tmp_path / "metadata.json").write_text(json.dumps({"a": {"theta": 20, "phi": 200, "size": 3}}))
+    fill = pipeline.unet.config.fill
+    item = ShadowDataset(tmp_path, split="all", image_size=SIDE, fill=fill)[0]
+    prepared = prepare(image, None, SIDE, fill)
+    assert torch.equal(prepared.pixel_values, item["object_image"])
+    assert torch.equal(prepared.mask, item["mask"])
+    assert torch.equal(prepare(image, image.getchannel("A"), SIDE, fill).pixel_values, item["object_image"])
+
+
+@pytest.mark.parametrize("size", [(16, 9), (9, 16), (16, 15), (16, 5)])
 def test_a_picture_of_any_shape_is_one_padded_to_a_square(pipeline, size):
     image = picture(size, (2, 2, size[0] // 2, size[1] // 2))
     side = max(size)

@@ -16,9 +16,11 @@ import logging
 import os
 import re
 import shutil
+import stat
 import sys
 from collections.abc import Container
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 
 from backlot.command_line import EXIT_DONE, EXIT_INPUT
@@ -64,7 +66,8 @@ def commit(temporary: Path) -> Path:
 def verify(checkpoint: Path) -> list[str]:
     """What is wrong with a checkpoint, one line per file; empty if it is complete and undamaged. Never raises."""
     try:
-        if (checkpoint / MANIFEST).stat().st_size > MAX_MANIFEST_BYTES:
+        about = (checkpoint / MANIFEST).lstat()  # a pipe or a device would never end
+        if not stat.S_ISREG(about.st_mode) or about.st_size > MAX_MANIFEST_BYTES:
             return [f"{MANIFEST}: damaged"]
         sealed = (checkpoint / MANIFEST).read_bytes()
         manifest = json.loads(sealed)
@@ -80,7 +83,7 @@ def verify(checkpoint: Path) -> list[str]:
         return [f"{MANIFEST}: missing"]
     except OSError as error:
         return [f"{MANIFEST}: unreadable ({error.strerror or error})"]
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         return [f"{MANIFEST}: damaged"]
     # Compared with what lies in the folder: a manifest cannot point outside it.
     problems = [f"{name}: missing" for name in sorted(files.keys() - set(present))]
@@ -107,7 +110,8 @@ def list_checkpoints(run_dir: Path) -> list[Path]:
     """Folders named checkpoint-<step>, newest (highest step) first; any other name is ignored."""
     if not run_dir.is_dir():
         return []
-    found = [path for path in run_dir.iterdir() if _NAME.fullmatch(path.name) and path.is_dir()]
+    # os.path.isdir says no, where Path.is_dir would raise, of what cannot be read
+    found = [path for path in run_dir.iterdir() if _NAME.fullmatch(path.name) and os.path.isdir(path)]
     return sorted(found, key=step_of, reverse=True)
 
 
@@ -162,8 +166,8 @@ def size_of(checkpoint: Path) -> int:
     """Bytes of its files; those that cannot be read count nothing."""
     total = 0
     for name in _files(checkpoint):
-        path = checkpoint / name
-        total += path.lstat().st_size if os.path.lexists(path) else 0
+        with suppress(OSError):
+            total += (checkpoint / name).lstat().st_size
     return total
 
 

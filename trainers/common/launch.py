@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from accelerate import Accelerator, DistributedType
+from accelerate import Accelerator, DistributedType, PartialState
 from accelerate.utils import DistributedDataParallelKwargs
 
 from backlot.command_line import EXIT_INPUT, leave
@@ -95,9 +95,9 @@ def read_request(environment: Mapping[str, str], training: TrainingConfig) -> Re
             f"{training.gradient_accumulation_steps}: leave it out of the launch configuration"
         )
     launched = environment.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    if launched not in DTYPES:
+        raise ValueError(f"mixed precision {launched} is not supported: use one of {', '.join(DTYPES)}")
     precision = training.mixed_precision or launched
-    if precision not in DTYPES:
-        raise ValueError(f"mixed precision {precision} is not supported: use one of {', '.join(DTYPES)}")
     processes = int(environment.get("WORLD_SIZE", 1))
     expected = training.expected_processes or processes
     if processes != expected:
@@ -168,11 +168,12 @@ def read_sharding(environment: Mapping[str, str]) -> Sharding:
 def start(request: Request, training: TrainingConfig) -> Accelerator:
     """Accelerate itself: devices, processes and DDP. Precision and sharding are ours (trainers/common), so that CPU and
     GPU take the same path."""
+    # Several processes on a machine without GPUs: Accelerate would run as many strangers to one another.
+    on_cpu = request.num_processes > 1 and not torch.accelerator.is_available()
+    PartialState(cpu=on_cpu)  # shares that are offloaded need a process group for the host too: it still sees FSDP
     # It would wrap networks itself on a GPU, and train DDP in silence on a CPU.
     for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"):
         os.environ.pop(name, None)
-    # Several processes on a machine without GPUs: Accelerate would run as many strangers to one another.
-    on_cpu = request.num_processes > 1 and not torch.accelerator.is_available()
     accelerator = Accelerator(
         gradient_accumulation_steps=training.gradient_accumulation_steps,
         mixed_precision="no",

@@ -7,18 +7,31 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 
 from backlot.command_line import EXIT_CRASH, EXIT_RESUME
 from trainers.common.loader import abandon_workers
-from trainers.common.signals import StopRequested
-
-if TYPE_CHECKING:
-    from trainers.common.run import TrainingRun
+from trainers.common.processes import Processes
+from trainers.common.run_dir import RunFolder
+from trainers.common.signals import StopRequested, StopSignal
 
 logger = logging.getLogger(__name__)
+
+
+class Savable(Protocol):
+    """What a rescue needs of a `TrainingRun`."""
+
+    step: int
+    is_sharded: bool
+    stop: StopSignal
+    processes: Processes
+    folder: RunFolder
+
+    def end_saving(self) -> None: ...
+
+    def save_alone(self) -> None: ...
 
 
 class Rescue:
@@ -28,7 +41,7 @@ class Rescue:
     complete update is written, by the main process alone, because the others may be anywhere.
     """
 
-    def __init__(self, run: TrainingRun):
+    def __init__(self, run: Savable):
         self.run = run
         self._is_sound = True
 
@@ -38,12 +51,12 @@ class Rescue:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _) -> None:
         if kind is None or issubclass(kind, SystemExit | GeneratorExit | StopRequested | KeyboardInterrupt):
             return
-        if issubclass(kind, torch.OutOfMemoryError) and self.run.is_measuring:
-            return  # validation goes on without it
-        if self.run.stop.requested and self.run.processes.count > 1:
-            self.leave_alone()  # another process has left, and this one's call to it failed
+        why = f"{kind.__name__}: {error}"
+        fails_together = issubclass(kind, RuntimeError) and not issubclass(kind, torch.OutOfMemoryError)
+        if fails_together and self.run.stop.requested and self.run.processes.count > 1:
+            self.leave_alone(why)  # another process has left, and this one's call to it failed
         self.run.folder.write_exit(EXIT_CRASH)
-        self._save(f"{kind.__name__}: {error}")
+        self._save(why)
 
     @contextmanager
     def unsound(self) -> Iterator[None]:
@@ -52,17 +65,25 @@ class Rescue:
         yield
         self._is_sound = True
 
-    def leave_alone(self) -> None:
-        """Save what this process can save by itself, and end it with exit code 75."""
-        self.run.folder.write_exit(EXIT_RESUME)
-        self._save("stopped")
+    def leave_alone(self, why: str) -> None:
+        """Save what this process can save by itself, and end it with exit code 75; 1 if that failed."""
+        code = EXIT_RESUME if self._save(why) else EXIT_CRASH
+        self.run.folder.write_exit(code)
         abandon_workers()
         sys.stderr.flush()
-        os._exit(EXIT_RESUME)  # not SystemExit: taking a process group apart waits for the others
+        os._exit(code)  # not SystemExit: taking a process group apart waits for the others
 
-    def _save(self, why: str) -> None:
+    def _save(self, why: str) -> bool:
+        """False if what this process should save could not be saved."""
         run = self.run
-        can_save = self._is_sound and run.processes.is_main and not run.is_sharded
-        if can_save and run.step > 0:
-            run.save_checkpoint(alone=True)
-            logger.error("%s; checkpoint-%d is written", why, run.step)
+        if not run.processes.is_main or run.is_sharded:
+            return True
+        try:
+            run.end_saving()
+            if self._is_sound and run.step > 0:
+                run.save_alone()
+                logger.error("%s; checkpoint-%d is written", why, run.step)
+        except (OSError, ValueError) as error:  # what ends the run is said by its own error
+            logger.error("%s; checkpoint-%d is not written: %s", why, run.step, error)
+            return False
+        return True

@@ -11,16 +11,9 @@ from torch.optim import Optimizer
 
 from backlot.config import Settings
 from trainers.common import checkpoints
-from trainers.common.config import RunConfig
+from trainers.common.config import IDENTITY, RunConfig
 from trainers.common.saving import STATE_NAME
 from trainers.common.state import load_optimizer, load_tensors
-
-WHAT = {
-    "seed": "training.seed",
-    "num_samples": "the number of samples",
-    "data": "the data (their fingerprint)",
-    "frozen": "the frozen base (its checksum)",
-}
 
 
 def choose_checkpoint(run_dir: Path, wanted: str) -> tuple[Path | None, str | None]:
@@ -55,11 +48,13 @@ class Resumption:
         """The state of the run; ValueError names what makes this run another experiment."""
         self.state = json.loads((self.checkpoint / STATE_NAME).read_text(encoding="utf-8"))
         allowed = set(config.training.resume_with_changes)
+        differences = config.differences(self.state["config"])
+        if "training.seed" in allowed or any(line.startswith("training.seed:") for line in differences):
+            allowed.add("seed")  # that of the order; allowed, or refused, once
         for key, now in identity.items():
             then = self.state[key]
             if then != now and key not in allowed and None not in (then, now):
-                raise ValueError(f"it was trained with another {WHAT[key]}: {then}, now {now}; start a new run")
-        differences = config.differences(self.state["config"])
+                differences.append(f"{key} ({IDENTITY[key]}): {then!r} then, {now!r} now")
         if differences:
             raise ValueError(
                 f"this is another experiment ({'; '.join(differences)}): start a new run, or allow a change with "

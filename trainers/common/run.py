@@ -23,7 +23,9 @@ from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from diffusers import DiffusionPipeline, ModelMixin
 from PIL import Image
+from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset
 from tqdm import tqdm
@@ -36,22 +38,21 @@ from trainers.common.attention import configure_network
 from trainers.common.config import RunConfig
 from trainers.common.ema import EMA, SwappedEMA
 from trainers.common.guard import Guard
-from trainers.common.launch import Launch, create_accelerator
+from trainers.common.launch import Launch
 from trainers.common.loader import StreamSampler, abandon_workers, create_loader
 from trainers.common.meter import Meter
-from trainers.common.optimization import create_lr_scheduler, create_optimizer, set_schedule_step
+from trainers.common.optimization import base_learning_rate, create_lr_scheduler, create_optimizer, set_schedule_step
 from trainers.common.rescue import Rescue
 from trainers.common.resume import Resumption, best_of, choose_checkpoint, describe_state
 from trainers.common.run_dir import export_pipeline
 from trainers.common.saving import Saver, Snapshot
-from trainers.common.sharding import local, skeleton, state_tensors, whole
+from trainers.common.sharding import fill_skeleton, local, skeleton, state_tensors, whole
 from trainers.common.signals import GRACE, StopRequested
 from trainers.common.state import all_finite, checksum, frozen_tensors, optimizer_state, snapshot
 from trainers.common.tracking import TRACKERS, Tracking, read_rows
 from trainers.common.validation import Measured, Validation
 from trainers.common.zero import Engine
 
-__all__ = ["TrainingRun", "create_accelerator"]
 logger = logging.getLogger(__name__)
 
 
@@ -87,6 +88,8 @@ class TrainingRun:
         modules: dict[str, nn.Module] | None = None,
     ):
         launch: Launch = accelerator.launch
+        if config.training.max_train_steps is None:
+            raise ValueError("`config` counts in epochs: call its `in_updates` first")
         self.accelerator, self.config, self.training = accelerator, config, config.training
         self.folder, self.processes, self.stop, self.precision = (
             launch.folder,
@@ -106,7 +109,6 @@ class TrainingRun:
         self._weight: Tensor | None = None
         self._loss_is_bad: Tensor | float = 0.0
         self._rows: list[dict] = []
-        self.is_measuring = False
         self._resumed_from: Path | None = None
         self._best: dict[str, float] = {}
         self._validations: list[Validation] = []
@@ -128,21 +130,24 @@ class TrainingRun:
             model = model.to(device)  # a sharded one goes there block by block
         self.network = configure_network(model, training, precision.dtype, device)
         self.trained = self.network if trained is None else trained
+        for _, tensor in frozen_tensors(self.network, self.trained):
+            tensor.requires_grad_(False)  # else each would get a gradient that nobody uses
         self._frozen = None if trained is None else checksum(frozen_tensors(self.network, self.trained))
         self._skeleton = skeleton(self.trained) if self.is_sharded else None
         self._modules = {name: module if launch.sharding else module.to(device) for name, module in modules.items()}
         settings = (training.ema_decay, training.ema_ramp, precision.autocast)
         # the average of a part shares the rest with the live network, and two sharded networks cannot share
         swapped = launch.sharding is not None and trained is not None
-        is_cut = launch.zero is not None and launch.zero.stage == 3
-        if is_cut and modules:
+        self._is_cut = launch.zero is not None and launch.zero.stage == 3
+        if self._is_cut and modules:
             raise ValueError(f"{', '.join(modules)}: further networks do not go with ZeRO-3; use ZeRO-2, DDP or FSDP2")
-        self.ema = EMA(self.network, *settings, self.trained) if training.use_ema and not (swapped or is_cut) else None
+        copied = training.use_ema and not swapped and not self._is_cut
+        self.ema = EMA(self.network, *settings, self.trained) if copied else None
         precision.prepare(self.network)
         if launch.sharding:
             copies = [] if self.ema is None else [self.ema.model]
             for network in (self.network, *copies, *self._modules.values()):
-                launch.sharding.apply(network, precision)
+                launch.sharding.apply(network, precision, trains=network is self.network)
             if training.use_ema and swapped:
                 self.ema = SwappedEMA(self.network, *settings, self.trained)
             self.model = self.network
@@ -155,7 +160,7 @@ class TrainingRun:
         if launch.zero:
             self.zero = launch.zero.start(self.network, self.trained, self.optimizer, training)
             self.model = self.zero.model
-            if training.use_ema and is_cut:
+            if training.use_ema and self._is_cut:
                 self.ema = self.zero.average(*settings, self.network)
         self.model.train()
         # Never prepared: Accelerate would step it once per process.
@@ -226,7 +231,7 @@ class TrainingRun:
                 if self.ema is not None:
                     resumption.load("ema", self.ema.tensors())
                 resumption.load_optimizer(self.optimizer, self._names())
-        except (ValueError, OSError, KeyError) as error:
+        except (ValueError, OSError, KeyError, SafetensorError) as error:
             raise self.refuse(f"cannot resume from {checkpoint}: {error}") from error
         if self.precision.scale is not None and state["loss_scale"]:
             self.precision.scale.load(state["loss_scale"])
@@ -267,8 +272,11 @@ class TrainingRun:
                 with self._data_wait():
                     stream = iter(loader)
             while self.step < training.max_train_steps:
-                if self._micro_step == 0 and self.stop.agreed():
-                    self.end_early()
+                if self._micro_step == 0:
+                    with self.rescue:  # the other processes may be gone
+                        stops = self.stop.agreed()
+                    if stops:
+                        self.end_early()
                 with self._data_wait():
                     batch = next(stream)
                 # Randomness is a function of the position, so that nothing of it has to be saved.
@@ -326,7 +334,7 @@ class TrainingRun:
 
     def _complete_update(self) -> None:
         with self.rescue.unsound():
-            learning_rate = self.lr_scheduler.get_last_lr()[0]
+            learning_rate = base_learning_rate(self.lr_scheduler, self.training)
             grad_norm = self._step() if self.zero is None else self._zero_step()
             self.lr_scheduler.step()
             self.optimizer.zero_grad(set_to_none=True)
@@ -370,7 +378,8 @@ class TrainingRun:
         if weight is not None:
             factor = 1 / weight if factor is None else factor / weight
         if factor is not None:
-            torch._foreach_mul_(local(p.grad for p in self._parameters), factor)
+            grads = local(p.grad for p in self._parameters)
+            torch._foreach_mul_(grads, factor.to(grads[0].device))  # offloaded ones are on the host
         limit = self.training.max_grad_norm or float("inf")
         norm = torch.nn.utils.clip_grad_norm_(self._parameters, limit, foreach=True)
         return whole(norm).detach().to(self.accelerator.device)
@@ -431,46 +440,20 @@ class TrainingRun:
         first_position = self.consumed_samples - (self.step - step) * self.samples_per_update
         samples = [int(key) for key in self.order.keys(first_position, min(self.samples_per_update, 64))]
         self._nonfinite += count
+        spoilt = self._spoilt(self._tensors()[0])
         what = f"non-finite loss or gradient in update {step + 1}; its samples: {samples}"
-        if self.training.on_nonfinite == "skip" and self._nonfinite <= self.training.max_nonfinite_skips:
+        may_skip = self.training.on_nonfinite == "skip" and self._nonfinite <= self.training.max_nonfinite_skips
+        if may_skip and not spoilt:
             logger.warning("%s; skipped (%d so far)", what, self._nonfinite)
             return
-        self._end_nonfinite(f"{what}; the weights are those before it")
+        before = f"{spoilt} was not finite before it" if spoilt else "the weights are those before it"
+        self._end_nonfinite(f"{what}; {before}")
 
     def _end_nonfinite(self, what: str) -> None:
         self._saver.wait()
         newest = checkpoints.find_latest(self.run_dir) if self.processes.is_main else None
         self._close(EXIT_NONFINITE)
-        raise leave(EXIT_NONFINITE, f"{what}; last checkpoint: {newest or 'none'}")
-
-    # ---- checkpoints, validation, end ----
-
-    def save_checkpoint(self, alone: bool = False) -> None:
-        """Write `checkpoint-<step>`; called by all processes, or by the main one `alone` in an emergency.
-
-        Weights, averages or moments that are not finite are never written: the run ends instead.
-        """
-        if self.run_dir / f"checkpoint-{self.step}" in self._saver.saved:
-            self._saver.wait()
-            return
-        if not alone:
-            self._report_nonfinite()
-        tensors, values = self._tensors()
-        spoilt = [part for part, named in tensors.items() if not all_finite(named.values())]
-        if spoilt if alone else self.processes.any(bool(spoilt)):
-            self._end_nonfinite(f"{' and '.join(spoilt) or 'a share'} not finite at update {self.step}: no checkpoint")
-        parts = {part: snapshot(named, self.processes.is_main) for part, named in tensors.items()}
-        state = self._identity() | {
-            "step": self.step,
-            "consumed_samples": self.consumed_samples,
-            "max_train_steps": self.training.max_train_steps,
-            "meter": self._meter.state(alone),
-            "loss_scale": None if self.precision.scale is None else self.precision.scale.state(),
-            "best": self._best,
-        }
-        kept = {path for path in (self._resumed_from, self._best_checkpoint()) if path is not None}
-        self._saver.save(Snapshot(self.step, parts, describe_state(state, values, self.config), kept), alone)
-        self.restart_clock()
+        raise self._left(EXIT_NONFINITE, f"{what}; last checkpoint: {newest or 'none'}")
 
     def _tensors(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, dict]]:
         """The state by part, and what of the optimiser's is not a tensor; called by all processes."""
@@ -483,6 +466,65 @@ class TrainingRun:
             tensors["ema"] = self.ema.tensors()
         tensors["optimizer"], values = optimizer_state(self.optimizer, self._names())
         return tensors, values
+
+    def _spoilt(self, tensors: dict[str, dict[str, Tensor]], alone: bool = False) -> str:
+        """What of the state is not finite on any process, in words; synchronises."""
+        names = [part for part, named in tensors.items() if not all_finite(named.values())]
+        somewhere = bool(names) if alone else self.processes.any(bool(names))
+        return (" and ".join(names) or "the share of another process") if somewhere else ""
+
+    # ---- checkpoints, validation, end ----
+
+    def save_checkpoint(self) -> None:
+        """Write `checkpoint-<step>`; called by all processes.
+
+        Weights, averages or moments that are not finite are never written: the run ends instead.
+        """
+        if self._saver.has(self.step):
+            self._saver.wait()
+            return
+        self._report_nonfinite()
+        tensors, values = self._tensors()
+        if spoilt := self._spoilt(tensors):
+            self._end_nonfinite(f"{spoilt} not finite at update {self.step}: no checkpoint")
+        self._saver.save(self._snapshot(tensors, values))
+        self.restart_clock()
+
+    def end_saving(self) -> None:
+        """Wait for the save under way; its error is raised here."""
+        self._saver.wait()
+
+    def save_alone(self) -> None:
+        """The same by the main process alone, in an emergency.
+
+        Raises:
+            OSError: it could not be written.
+            ValueError: the state is not one to continue from.
+        """
+        if self._saver.has(self.step):
+            return
+        if self.training.on_nonfinite == "stop" and self._guard.read()[0]:
+            raise ValueError("a loss or gradient was not finite")
+        tensors, values = self._tensors()
+        if spoilt := self._spoilt(tensors, alone=True):
+            raise ValueError(f"{spoilt} not finite")
+        self._saver.save(self._snapshot(tensors, values, alone=True), alone=True)
+
+    def _snapshot(
+        self, tensors: dict[str, dict[str, Tensor]], values: dict[str, dict], alone: bool = False
+    ) -> Snapshot:
+        """A copy of the state in host memory."""
+        parts = {part: snapshot(named, self.processes.is_main) for part, named in tensors.items()}
+        state = self._identity() | {
+            "step": self.step,
+            "consumed_samples": self.consumed_samples,
+            "max_train_steps": self.training.max_train_steps,
+            "meter": self._meter.state(alone),
+            "loss_scale": None if self.precision.scale is None else self.precision.scale.state(),
+            "best": self._best,
+        }
+        kept = {path for path in (self._resumed_from, self._best_checkpoint()) if path is not None}
+        return Snapshot(self.step, parts, describe_state(state, values, self.config), kept)
 
     def validation(
         self,
@@ -513,8 +555,11 @@ class TrainingRun:
 
     def _write_best(self) -> None:
         path = self.run_dir / "best.json"
-        if self.processes.is_main and self._best:
-            checkpoints.discard(path) if path.is_dir() else None
+        if not self.processes.is_main:
+            return
+        if path.is_dir() or not self._best:  # or it named one that the run has fallen back behind
+            checkpoints.discard(path)
+        if self._best:
             write_json(path, self._best)
 
     def _best_checkpoint(self) -> Path | None:
@@ -522,42 +567,43 @@ class TrainingRun:
 
     def finish(self, pipeline: DiffusionPipeline | ModelMixin) -> None:
         """Final checkpoint, pipeline or network for `from_pretrained(output_dir)`, logs closed."""
-        self.save_checkpoint()
-        self._saver.wait()
-        if self.is_sharded:
-            pipeline = self._with_whole_weights(pipeline)
-        if self.processes.is_main:
-            with self.applied_average() if not self.is_sharded else nullcontext():
-                export_pipeline(self.run_dir, pipeline)
+        with self.rescue:
+            self.save_checkpoint()
+            self._saver.wait()
+            if self.is_sharded:
+                pipeline = self._with_whole_weights(pipeline)
+            if self.processes.is_main:
+                with self.applied_average() if not self.is_sharded else nullcontext():
+                    export_pipeline(self.run_dir, pipeline)
         self._close(EXIT_DONE)
 
     def _with_whole_weights(self, pipeline: DiffusionPipeline | ModelMixin) -> DiffusionPipeline | ModelMixin:
         """The same with gathered weights in place of this process's shares; called by all processes."""
-        gathered = self._gathered() if self.zero is None else self.zero.weights(self.ema)
-        if not self.processes.is_main:
-            return pipeline
-        self._skeleton.load_state_dict(gathered, assign=True, strict=False)
-        if not isinstance(pipeline, DiffusionPipeline):
-            return self._skeleton
-        own = [name for name, part in pipeline.components.items() if part in (self.inference_model, self.trained)]
-        pipeline.register_modules(**dict.fromkeys(own, self._skeleton))
-        return pipeline
-
-    def _gathered(self) -> dict[str, Tensor]:
-        tensors = dict(state_tensors(self.trained)) if self.ema is None else self.ema.tensors()
-        gathered = {}
+        if self.zero is None:
+            tensors = dict(state_tensors(self.trained)) if self.ema is None else self.ema.tensors()
+        else:
+            tensors = self.zero.weights(self.ema)  # gathered already, where they are not nothing
         for name, tensor in tensors.items():
             full = whole(tensor)  # all processes take part, one tensor at a time
             if self.processes.is_main:
-                gathered[name] = full.detach().cpu()
-        return gathered
+                fill_skeleton(self._skeleton, name, full.detach().cpu())
+        if not isinstance(pipeline, DiffusionPipeline):
+            return self._skeleton
+        own = self.trained if self.ema is None else self.ema.part
+        for name, part in pipeline.components.items():
+            if part is own:
+                pipeline.register_modules(**{name: self._skeleton})
+            elif isinstance(part, FSDPModule) or (self._is_cut and part is self.network):
+                raise TypeError(f"the pipeline's {name} is a sharded base: finish with the part that trains")
+        return pipeline
 
     def end_early(self, alone: bool = False) -> None:
         """Answer a stop: checkpoint, exit code 75; `alone` where the other processes can no longer take part."""
         if alone:
-            self.rescue.leave_alone()
-        self.save_checkpoint()
-        self._saver.wait()
+            self.rescue.leave_alone("stopped while another process may wait for this one")
+        with self.rescue:
+            self.save_checkpoint()
+            self._saver.wait()
         self._close(EXIT_RESUME)
         abandon_workers()
         raise self._left(EXIT_RESUME, f"stopped at update {self.step}; continue with --resume_from_checkpoint latest")

@@ -6,6 +6,7 @@ import atexit
 import importlib.metadata
 import json
 import logging
+import os
 import platform
 import subprocess
 import time
@@ -16,7 +17,7 @@ from diffusers import DiffusionPipeline, ModelMixin
 from backlot import command_line
 from backlot.command_line import EXIT_CRASH, EXIT_INPUT, leave
 from backlot.config import dump_config
-from backlot.files import LockedError, lock, write_file, write_json
+from backlot.files import LockedError, lock, publish, write_file, write_json
 from trainers.common.checkpoints import discard, list_checkpoints
 from trainers.common.config import RunConfig
 from trainers.common.processes import Processes
@@ -65,7 +66,7 @@ class RunFolder:
     def check(config: RunConfig) -> None:
         """Refuse a folder in which this run would overwrite something (exit code 2)."""
         folder, resume = config.training.output_dir, config.training.resume_from_checkpoint
-        if not folder.exists():
+        if not os.path.lexists(folder):
             return
         if not folder.is_dir():
             raise leave(EXIT_INPUT, f"{folder} is no folder: choose another --output_dir")
@@ -96,6 +97,8 @@ class RunFolder:
                 if time.monotonic() >= give_up:
                     raise leave(EXIT_INPUT, f"{self.path} is in use by process {error}") from None
                 time.sleep(0.2)
+            except OSError as error:
+                raise leave(EXIT_INPUT, f"{self.path} cannot be written: {error}") from error
 
     def describe(self, config: RunConfig, num_processes: int, device: str) -> None:
         """config.yaml (loadable again) and environment.json (versions and commit)."""
@@ -121,8 +124,13 @@ class RunFolder:
     def write_exit(self, code: int) -> None:
         """Say how the run ended: launchers return 1 for every code but 0. A crash of any process is never made good."""
         path = self.path / EXIT_NAME
-        if not (path.exists() and path.read_text().strip() == json.dumps({"code": EXIT_CRASH})):
-            write_file(path, json.dumps({"code": code}) + "\n")
+        temporary = path.with_name(f"{EXIT_NAME}.{os.getpid()}.tmp")  # several processes may end at once
+        try:
+            if not (path.exists() and path.read_text().strip() == json.dumps({"code": EXIT_CRASH})):
+                temporary.write_text(json.dumps({"code": code}) + "\n", encoding="utf-8")
+                publish(temporary, path)
+        except OSError as error:  # a full disk must not hide why the run ends
+            logger.warning("%s could not be written: %s", path, error)
 
     def _at_exit(self) -> None:
         """An end that the run did not see coming: refused by the script, or an exception."""

@@ -62,6 +62,7 @@ class Saver:
         self.beside = training.async_checkpoints
         self.saved: set[Path] = set()
         """Written, or verified, by this process: not read again."""
+        self._under_way: Path | None = None
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
@@ -79,8 +80,8 @@ class Saver:
             checkpoints.begin(self.run_dir, snapshot.step)
         if not alone:
             self.processes.wait()
-        self.saved.add(self.run_dir / f"checkpoint-{snapshot.step}")
         if self.beside and not alone:
+            self._under_way = self.run_dir / f"checkpoint-{snapshot.step}"
             self._thread = threading.Thread(target=self._write_in_thread, args=(snapshot,), name="checkpoint")
             self._thread.start()
             return
@@ -88,11 +89,16 @@ class Saver:
         if not alone:
             self.processes.wait()
 
+    def has(self, step: int) -> bool:
+        """Whether the checkpoint of a step is written, or on its way."""
+        path = self.run_dir / f"checkpoint-{step}"
+        return path in self.saved or path == self._under_way
+
     def wait(self) -> None:
         """Until no save of this process is under way; its error, if it had one, is raised here."""
         if self._thread is not None:
             self._thread.join()
-            self._thread = None
+            self._thread = self._under_way = None
         if self._error is not None:
             error, self._error = self._error, None
             raise error
@@ -110,8 +116,15 @@ class Saver:
 
     def _write(self, snapshot: Snapshot) -> None:
         rank, is_main = self.processes.rank, self.processes.is_main
-        if not is_main and self.writers == 1:
-            return
+        if is_main or self.writers > 1:
+            self._write_share(snapshot, rank, is_main)
+        self.saved.add(self.run_dir / f"checkpoint-{snapshot.step}")
+        if is_main:
+            training = self.training
+            limit, milestones = training.checkpoints_total_limit, training.keep_every_n_steps
+            checkpoints.rotate(self.run_dir, limit, milestones, trusted=set(self.saved), kept=snapshot.kept)
+
+    def _write_share(self, snapshot: Snapshot, rank: int, is_main: bool) -> None:
         temporary = self.run_dir / f"checkpoint-{snapshot.step}.tmp"
         try:
             for part, pieces in snapshot.parts.items():
@@ -124,10 +137,6 @@ class Saver:
                 checkpoints.commit(temporary)
         except (OSError, SafetensorError) as error:
             raise self._explained(snapshot, error) from error
-        if is_main:
-            training = self.training
-            limit, milestones = training.checkpoints_total_limit, training.keep_every_n_steps
-            checkpoints.rotate(self.run_dir, limit, milestones, trusted=set(self.saved), kept=snapshot.kept)
 
     def _await_shares(self, temporary: Path) -> None:
         """Until every process has written its share; then its note of that is no longer needed."""

@@ -19,6 +19,8 @@ PR_SET_PDEATHSIG = 1
 GRACE = 5.0
 """Seconds that a wait for data may still take when several processes are asked to stop; launchers kill after 30."""
 LAUNCHERS = ("accelerate", "torchrun", "torch.distributed.run", "torch/distributed/run.py", "deepspeed")
+ADOPTERS = ("systemd", "init", "tini", "docker-init", "dumb-init", "catatonit", "slurmstepd", "conmon")
+"""Programs that become the parent of what a dead one leaves behind, besides process 1."""
 
 
 class StopRequested(BaseException):
@@ -30,20 +32,23 @@ def follow_launcher() -> None:
 
     Without a launcher (a script started from a shell) nothing changes: that shell may well end before the run.
     """
+    if "ACCELERATE_MIXED_PRECISION" not in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ:
+        return
     parent = os.getppid()
-    if _is_launcher(parent):
+    if any(name in _about(parent, "cmdline") for name in LAUNCHERS):
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-    launched = "ACCELERATE_MIXED_PRECISION" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
-    if launched and os.getppid() == 1 and not _is_launcher(1):  # it went before the kernel was asked
+        has_gone = os.getppid() != parent  # before the kernel was asked
+    else:
+        has_gone = parent == 1 or _about(parent, "comm").strip() in ADOPTERS
+    if has_gone:
         raise leave(EXIT_RESUME, "the launcher has ended; nothing was begun")
 
 
-def _is_launcher(pid: int) -> bool:
+def _about(pid: int, what: str) -> str:
     try:
-        command = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace")
+        return Path(f"/proc/{pid}/{what}").read_bytes().decode(errors="replace")
     except OSError:
-        return False
-    return any(name in command for name in LAUNCHERS)
+        return ""
 
 
 class StopSignal:

@@ -233,9 +233,10 @@ def _sums(tensor: Tensor) -> list[int]:
     raw = tensor.detach().contiguous().flatten().view(torch.uint8)
     total = torch.zeros(2, dtype=torch.int64, device=raw.device)
     for number, chunk in enumerate(raw.split(2**26)):
-        padded = nn.functional.pad(chunk, (0, -len(chunk) % 8)).view(torch.int64)
-        odd = torch.arange(1, 2 * len(padded), 2, device=raw.device)  # odd factors lose no bit
-        total += torch.stack([padded.sum(), (padded * odd).sum()]) * (2 * number + 1)
+        # 32 bits in words of 64: no factor pushes a bit out of them
+        words = nn.functional.pad(chunk, (0, -len(chunk) % 4)).view(torch.int32).long()
+        odd = 2 * torch.arange(len(words), device=raw.device) + 1
+        total += torch.stack([words.sum(), (words * odd).sum()]) * (2 * number + 1)
     return total.tolist()
 
 

@@ -5,22 +5,49 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
+from accelerate import Accelerator
 from diffusers import ModelMixin
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import default_collate
 
 from backlot.samples import SampleKey
-from trainers.common.signals import StopRequested
-
-if TYPE_CHECKING:
-    from trainers.common.run import TrainingRun
+from trainers.common.precision import Precision
+from trainers.common.processes import Processes
+from trainers.common.rescue import Rescue
+from trainers.common.sharding import give_back
+from trainers.common.signals import StopRequested, StopSignal
 
 Measured = tuple[dict[str, float], dict[str, Image.Image]]
 logger = logging.getLogger(__name__)
+
+
+class Measurable(Protocol):
+    """What validation needs of a `TrainingRun`."""
+
+    step: int
+    is_sharded: bool
+    inference_model: ModelMixin
+    accelerator: Accelerator
+    processes: Processes
+    stop: StopSignal
+    precision: Precision
+    rescue: Rescue
+
+    def is_due(self, every: int | None) -> bool: ...
+
+    def applied_average(self) -> AbstractContextManager: ...
+
+    def keep_best(self, score: float) -> None: ...
+
+    def log(self, scalars: dict[str, float], pictures: dict[str, Image.Image]) -> None: ...
+
+    def end_early(self) -> None: ...
+
+    def restart_clock(self) -> None: ...
 
 
 class Validation:
@@ -37,7 +64,7 @@ class Validation:
 
     def __init__(
         self,
-        run: TrainingRun,
+        run: Measurable,
         every: int | None,
         function: Callable[[ModelMixin], Measured],
         score: Callable[[dict[str, float]], float] | None,
@@ -58,29 +85,30 @@ class Validation:
     def make(self) -> None:
         """Measure, keep the best, write the row. The run is as before; running out of memory does not end it."""
         run = self.run
-        run.processes.wait()
-        outcome, pictures = None, {}
-        if run.processes.is_main or run.is_sharded:
-            outcome, pictures = self._measure()
-        outcome = run.processes.share(outcome)
-        if outcome == "stopped":
-            run.end_early()  # now, or the next update would be made first and this validation never
-        if isinstance(outcome, dict):
-            row = {f"{self.name}/{key}": value for key, value in outcome.items()}
-            if self.score is not None:
-                row[f"{self.name}/score"] = score = float(self.score(outcome))
-                run.keep_best(score)
-            run.log(row, pictures)
+        with run.rescue:
+            run.processes.wait()
+            outcome, pictures = None, {}
+            if run.processes.is_main or run.is_sharded:
+                outcome, pictures = self._measure()
+            outcome = run.processes.share(outcome)
+            if outcome == "stopped":
+                run.end_early()  # now, or the next update would be made first and this validation never
+            if isinstance(outcome, dict):
+                row = {f"{self.name}/{key}": value for key, value in outcome.items()}
+                if self.score is not None:
+                    row[f"{self.name}/score"] = score = float(self.score(outcome))
+                    run.keep_best(score)
+                run.log(row, pictures)
         run.restart_clock()
 
     def _measure(self) -> tuple[dict[str, float] | str, dict[str, Image.Image]]:
         """Scalars and pictures; or `stopped` by a signal, or `skipped` for want of memory."""
         run = self.run
         model, device = run.inference_model, run.accelerator.device
-        was_training, run.is_measuring = model.training, True
+        was_training = model.training
         with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
             try:
-                with run.rescue, self._interruptible(), run.applied_average(), run.precision.autocast():
+                with self._interruptible(), run.applied_average(), run.precision.autocast():
                     scalars, pictures = self.function(model.eval())
                 return {name: float(value) for name, value in scalars.items()}, pictures
             except torch.OutOfMemoryError as error:
@@ -90,7 +118,8 @@ class Validation:
                 return "stopped", {}
             finally:
                 model.train(was_training)
-                run.is_measuring = False
+                if run.is_sharded:
+                    give_back(model)
 
     def _interruptible(self) -> AbstractContextManager:
         # the processes of a sharded network measure in step: none may leave alone

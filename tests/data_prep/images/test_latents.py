@@ -15,8 +15,9 @@ from torch.utils.data import DataLoader, Dataset
 
 from backlot.files import file_sha256, json_sha256
 from backlot.latent_cache import read_manifest, vae_fingerprint
+from data_prep.images.commands import encode as main
 from data_prep.images.dataset import open_images
-from data_prep.images.encode import encode_dataset, main
+from data_prep.images.encode import encode_dataset
 from data_prep.images.latents import LatentDataset
 
 SIZE, COUNT, SHARD = 16, 10, 4
@@ -195,7 +196,7 @@ def test_the_command_and_open_images(vae_folder, tmp_path, capsys):
     """Digits have one channel: a grey VAE takes them."""
     grey = save_vae(tmp_path / "grey", in_channels=1, out_channels=1, shift_factor=None)
     out = tmp_path / "cache"
-    options = ["--vae", grey, "--dataset_name", "digits", "--batch_size", "64", "--no-flip", "--device", "cpu"]
+    options = ["--vae", grey, "--dataset_name", "digits", "--batch_size", "64", "--no_flip", "--device", "cpu"]
     main([*options, "--split", "validation", "--output_dir", str(out / "validation"), "--shard_size", "200"])
     assert "360 samples in 2 shards" in capsys.readouterr().out
     dataset = open_images("latents", path=out, split="validation", image_size=8)
@@ -207,11 +208,12 @@ def test_the_command_and_open_images(vae_folder, tmp_path, capsys):
         open_images("latents", path=out, split="train")
     with pytest.raises(ValueError, match="holds the latents of split 'validation', not of 'train'"):
         open_images("latents", path=out / "validation", split="train")
-    with pytest.raises(SystemExit):
+    with pytest.raises(SystemExit, match="2"):
         main([*options[:3], "imagefolder", "--path", str(tmp_path), "--output_dir", str(tmp_path / "x")])
     assert "set --image_size" in capsys.readouterr().err
-    with pytest.raises(SystemExit, match="the VAE takes 3 channels, the images have 1"):
+    with pytest.raises(SystemExit, match="2"):
         main(["--vae", vae_folder, "--dataset_name", "digits", "--output_dir", str(tmp_path / "x"), "--device", "cpu"])
+    assert "error: the VAE takes 3 channels, the images have 1" in capsys.readouterr().err
 
 
 def test_pictures_that_do_not_fit_the_vae(vae_folder, tmp_path):

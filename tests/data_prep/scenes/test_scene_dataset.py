@@ -12,9 +12,10 @@ from scene_samples import COND_CHANNELS, change_metadata, change_tensors, make_s
 from torch.utils.data import DataLoader, default_collate
 
 import data_prep.scenes.dataset
+from backlot.modalities import POSES
 from backlot.samples import SampleKey
 from data_prep.scenes.dataset import SceneDataset
-from data_prep.scenes.format import CONDITIONS, POSES, read_tensors, write_scene
+from data_prep.scenes.format import CONDITIONS, read_tensors, write_scene
 from pipelines.shortcut_scene import PoseCodec
 
 # Scene i has 2 + i % 3 objects: 2, 3, 4, 2, 3, 4.
@@ -377,7 +378,7 @@ BAD = {
     "scale missing": lambda folder: change_tensors(folder, scale=None),
     "latents.safetensors is damaged": lambda folder: (folder / "latents.safetensors").write_bytes(b"{}"),
     "conditionals.safetensors is damaged": lambda folder: (folder / "conditionals.safetensors").write_bytes(b"{}"),
-    r"`num_objects` of metadata.json is 9, the tensors have 2": lambda folder: change_metadata(folder, num_objects=9),
+    r"`num_objects` of .* must fit the 2 objects .*, got 9": lambda folder: change_metadata(folder, num_objects=9),
     r"shape has the form \(5, 3\), in scene '0000' it is \(4, 3\)": lambda folder: change_tensors(
         folder, shape=torch.zeros(2, 5, 3)
     ),

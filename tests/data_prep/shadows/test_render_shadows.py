@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -26,11 +27,12 @@ from data_prep.shadows import looks as shadow_looks
 from data_prep.shadows import meshes as shadow_meshes
 from data_prep.shadows import path_tracing as shadow_scene
 from data_prep.shadows import render as render_shadows
+from data_prep.shadows.commands import render as main
 from data_prep.shadows.families import FAMILIES
 from data_prep.shadows.looks import random_look
 from data_prep.shadows.meshes import at_rest, load_mesh, procedural_object, resting_rotation
 from data_prep.shadows.path_tracing import LIFT, Camera, Light, choose_variant, render_view, shadow_maps
-from data_prep.shadows.render import main, plan_tracks, render_dataset
+from data_prep.shadows.render import plan_tracks, render_dataset
 
 CAMERA = Camera(7.5)
 SIZE = 64
@@ -317,6 +319,15 @@ def command(out: Path, *flags: object) -> list[str]:
     return ["--out", str(out), *map(str, [*options, *flags])]
 
 
+def refuse(capsys: pytest.CaptureFixture, message: str, out: Path, *flags: object) -> None:
+    """The command ends with exit code 2 and one line on stderr, after what a bar may have left there."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit, match="2"):
+        main(command(out, *flags))
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "error" in line or "Traceback" in line]
+    assert re.search(f"^error: .*{message}", line), line
+
+
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("finished") / "data"
@@ -386,14 +397,9 @@ def test_a_killed_run_goes_on_to_the_same_bytes(tmp_path):
     """SIGKILL of the main process with two at work, in the middle of it."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     main(command(whole, "--num_samples", 32))
+    arguments = command(killed, "--num_samples", 32, "--num_workers", 2)
     process = subprocess.Popen(
-        [
-            sys.executable,
-            "-m",
-            "data_prep.shadows",
-            "render",
-            *command(killed, "--num_samples", 32, "--num_workers", 2),
-        ],
+        [sys.executable, "-m", "data_prep.shadows", "render", *arguments],
         cwd=ROOT,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
@@ -496,11 +502,9 @@ def test_more_samples_extend_a_folder(finished, copy, tmp_path):
         (("--format", "webdataset"), r"was made with --format folder, not webdataset"),
     ],
 )
-def test_a_folder_of_other_settings_is_refused(finished, flags, message):
+def test_a_folder_of_other_settings_is_refused(finished, capsys, flags, message):
     before = snapshot(finished)
-    with pytest.raises(SystemExit, match=message) as caught:
-        main(command(finished, *flags))
-    assert "\n" not in str(caught.value)
+    refuse(capsys, message, finished, *flags)
     assert snapshot(finished) == before
 
 
@@ -512,34 +516,29 @@ def test_a_folder_of_other_settings_is_refused(finished, flags, message):
         (("--size", 1, 8), r"--size takes LO <= HI within \[2, 8\], got 1 8"),
         (("--size", 5, 4), r"--size takes LO <= HI within \[2, 8\], got 5 4"),
         (("--phi", 0, 361), r"--phi takes LO <= HI within \[0, 360\], got 0 361"),
-        (("--theta", "nan", "nan"), r"--theta takes LO <= HI"),
+        (("--theta", 1, "nan"), r"--theta nan: input should be a finite number"),
         (("--camera", 1, 8), r"--camera takes LO <= HI within \[5, 20\]"),
-        (("--num_samples", 0), r"--num_samples must be at least 1, got 0"),
-        (("--num_workers", 0), r"--num_workers must be at least 1, got 0"),
-        (("--lights_per_view", 0), r"--lights_per_view must be at least 1"),
-        (("--seed", -1), r"--seed must be at least 0"),
+        (("--num_samples", 0), r"--num_samples 0: input should be greater than or equal to 1"),
+        (("--num_workers", 0), r"--num_workers 0: input should be greater than or equal to 1"),
+        (("--lights_per_view", 0), r"--lights_per_view 0: input should be greater than or equal to 1"),
+        (("--seed", -1), r"--seed -1: input should be greater than or equal to 0"),
         (("--grid", "integer", "--theta", 0.2, 0.8), r"no whole number within --theta 0.2 0.8"),
         (("--meshes", "/no/such/folder"), r"/no/such/folder holds no mesh \(.glb, .gltf, .obj, .ply, .stl\)"),
     ],
 )
-def test_bad_flags_get_one_line(tmp_path, flags, message):
-    with pytest.raises(SystemExit, match=message) as caught:
-        main(command(tmp_path / "out", *flags))
-    assert "\n" not in str(caught.value)
+def test_bad_flags_get_one_line(tmp_path, capsys, flags, message):
+    refuse(capsys, message, tmp_path / "out", *flags)
     assert not (tmp_path / "out").exists()
 
 
-def test_folders_of_others_and_damaged_records_are_refused(copy, tmp_path):
+def test_folders_of_others_and_damaged_records_are_refused(copy, tmp_path, capsys):
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "cat.png").write_bytes(b"")
-    with pytest.raises(SystemExit, match=r"photos holds files but no dataset.json: choose another --out"):
-        main(command(tmp_path / "photos"))
+    refuse(capsys, "photos holds files but no dataset.json: choose another --out", tmp_path / "photos")
     (copy / "metadata.json").write_text("{")
-    with pytest.raises(SystemExit, match=r"metadata.json is damaged: remove it to render again"):
-        main(command(copy))
+    refuse(capsys, "metadata.json is damaged: remove it to render again", copy)
     (copy / "dataset.json").write_text('{"format_version": 2, "settings": {}}')
-    with pytest.raises(SystemExit, match=r"dataset.json is not of format version 1"):
-        main(command(copy))
+    refuse(capsys, "dataset.json is not of format version 1", copy)
 
 
 def test_a_whole_number_grid_has_whole_numbers(tmp_path):
@@ -630,7 +629,7 @@ def meshes(tmp_path):
     return folder
 
 
-def test_a_folder_of_meshes_is_rendered(meshes, tmp_path):
+def test_a_folder_of_meshes_is_rendered(meshes, tmp_path, capsys):
     main(command(tmp_path / "out", "--meshes", meshes, "--num_samples", 6, "--lights_per_view", 1))
     metadata = json.loads((tmp_path / "out" / "metadata.json").read_text())
     names = [entry["object_id"].rpartition("-")[0] for entry in metadata.values()]
@@ -645,8 +644,8 @@ def test_a_folder_of_meshes_is_rendered(meshes, tmp_path):
     main(command(tmp_path / "out", "--meshes", moved, "--num_samples", 6, "--lights_per_view", 1))
     assert snapshot(tmp_path / "out") == before
     trimesh.creation.box().export(moved / "new.stl")
-    with pytest.raises(SystemExit, match=r"was made with --meshes .*, not .*: choose another --out"):
-        main(command(tmp_path / "out", "--meshes", moved, "--num_samples", 6, "--lights_per_view", 1))
+    flags = ("--meshes", moved, "--num_samples", 6, "--lights_per_view", 1)
+    refuse(capsys, "was made with --meshes .*, not .*: choose another --out", tmp_path / "out", *flags)
 
 
 def test_meshes_keep_their_colours_and_gltf_stands_up(meshes):
@@ -676,11 +675,9 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("name", BROKEN)
-def test_broken_meshes_are_named_before_anything_is_rendered(meshes, tmp_path, name):
+def test_broken_meshes_are_named_before_anything_is_rendered(meshes, tmp_path, capsys, name):
     (meshes / name).write_bytes(BROKEN[name])
-    with pytest.raises(SystemExit, match=name.replace(".", r"\.")) as caught:
-        main(command(tmp_path / "out", "--meshes", meshes))
-    assert "\n" not in str(caught.value)
+    refuse(capsys, name.replace(".", r"\."), tmp_path / "out", "--meshes", meshes)
     assert not (tmp_path / "out").exists()
 
 
@@ -704,19 +701,10 @@ def test_the_probe_renders():
     assert not shadow_scene.variant_works("no_such_variant")
 
 
-def test_help_and_import_load_nothing_heavy():
-    code = "import sys, data_prep.shadows.render as r\ntry: r.main(['--help'])\nexcept SystemExit: pass\n"
-    code += "print([name for name in ('mitsuba', 'torch', 'trimesh', 'drjit') if name in sys.modules])"
-    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert result.stdout.strip().endswith("[]")
-    assert "--lights_per_view" in result.stdout
-
-
 @pytest.mark.parametrize("name", ["mitsuba", "trimesh", "mapbox_earcut"])
-def test_a_missing_library_gets_one_line(tmp_path, monkeypatch, name):
+def test_a_missing_library_gets_one_line(tmp_path, monkeypatch, capsys, name):
     find_spec = render_shadows.importlib.util.find_spec
     monkeypatch.setattr(
         render_shadows.importlib.util, "find_spec", lambda wanted: None if wanted == name else find_spec(wanted)
     )
-    with pytest.raises(SystemExit, match=rf"{name} is missing: pip install 'backlot\[render\]'"):
-        main(command(tmp_path / "out"))
+    refuse(capsys, rf"{name} is missing: pip install 'backlot\[render\]'", tmp_path / "out")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 import shutil
 
 import pytest
@@ -20,8 +21,9 @@ from backlot.latent_cache import read_manifest, vae_fingerprint
 from backlot.samples import SampleKey
 from data_prep.images.encode import encode_dataset
 from data_prep.images.latents import LatentDataset
+from data_prep.shadows.commands import encode as main
 from data_prep.shadows.dataset import ShadowDataset
-from data_prep.shadows.encode import encode_shadows, latents_folder, main, open_latents
+from data_prep.shadows.encode import encode_shadows, latents_folder, open_latents
 from data_prep.shadows.latents import ShadowLatents
 
 SIZE, COUNT, SHARD = 32, 12, 5
@@ -92,7 +94,7 @@ class Dying(Dataset):
 
     def __init__(self, dataset: ShadowDataset, dies_at: int | None = None) -> None:
         self.dataset, self.dies_at, self.rows = dataset, dies_at, []
-        self.fingerprint, self.split = dataset.fingerprint, dataset.split
+        self.item_fingerprint, self.split = dataset.item_fingerprint, dataset.split
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -254,14 +256,21 @@ def test_the_command(vae_folder, pictures, tmp_path, capsys):
     assert ShadowLatents(tmp_path / "a", dataset=ShadowDataset(pictures, split="all", image_size=16))[0][
         "object_latents"
     ].shape == (2, 8, 8)
-    with pytest.raises(SystemExit, match=r"error: .* holds latents of another --image_size \(16 there, 32 now\)"):
-        main([*options, "--output_dir", str(tmp_path / "a")])
-    with pytest.raises(SystemExit, match=r"error: the VAE wants square images with a side divisible by 2, got 15x15"):
-        main([*options, "--image_size", "15", "--output_dir", str(tmp_path / "b")])
-    with pytest.raises(SystemExit, match=r"error: `split` 'validation' of .* is empty"):
-        main([*options, "--split", "validation"])
-    with pytest.raises(SystemExit, match=r"error: .* is not the folder of a VAE: it has no config.json"):
-        main(["--vae", str(tmp_path), *options[2:]])
+    for arguments, message in (
+        (
+            [*options, "--output_dir", str(tmp_path / "a")],
+            r".* holds latents of another --image_size \(16 there, 32 now\).*",
+        ),
+        (
+            [*options, "--image_size", "15", "--output_dir", str(tmp_path / "b")],
+            "the VAE wants square images with a side divisible by 2, got 15x15.*",
+        ),
+        ([*options, "--split", "validation"], "`split` 'validation' of .* is empty.*"),
+        (["--vae", str(tmp_path), *options[2:]], ".* is not the folder of a VAE: it has no config.json.*"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            main(arguments)
+        assert re.fullmatch(f"error: {message}\n", capsys.readouterr().err)
 
 
 # --- interruption and repair ----------------------------------------------------------------------------------------
@@ -385,6 +394,6 @@ def test_the_manifest_names_its_source(finished, vae_folder, dataset):
     assert (manifest.dataset_name, manifest.split, manifest.image_size) == ("shadows", "all", SIZE)
     assert (manifest.vae_fingerprint, manifest.dataset_fingerprint) == (
         vae_fingerprint(vae_folder),
-        dataset.fingerprint,
+        dataset.item_fingerprint,
     )
     assert json.loads((finished / "manifest.json").read_text())["flip"] is True

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import os
 import random
+import re
+import subprocess
+import sys
 
 import pytest
 import torch
+from runs import ROOT
 from torch.utils.data import Dataset
 
 from backlot.samples import BlockShuffle, DataOrder, Order, SampleKey, WeightedMixture
@@ -85,3 +90,124 @@ def test_loading_leaves_the_global_generator_alone(workers):
     loader = create_loader(Noisy(), StreamSampler(DataOrder(10, seed=0), 2), workers, pin_memory=False)
     next(iter(loader))
     assert torch.equal(torch.get_rng_state(), before)
+
+
+# ---- what must not hang ----
+
+SMALL = """
+import itertools, os, resource, sys, time, torch
+from backlot.samples import DataOrder
+from trainers.common.loader import StreamSampler, create_loader
+
+class Samples(torch.utils.data.Dataset):
+    room = None  # files that a worker may still open
+    sent = 0  # samples before that
+    bad = None
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, key):
+        self.sent -= 1
+        if self.room is not None and self.sent < 0:
+            time.sleep(0.3)  # until what was handed over is on its way
+            limit = max(map(int, os.listdir("/proc/self/fd"))) + 1 + self.room
+            resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
+            opened = []
+            try:
+                while True:
+                    opened.append(os.open("/dev/null", os.O_RDONLY))
+            except OSError:
+                for descriptor in opened[len(opened) - self.room:]:
+                    os.close(descriptor)
+            self.room = None
+        if key == self.bad:
+            raise ValueError("bad sample")
+        return torch.zeros(3), torch.zeros(2), torch.ones(4)
+
+def load(samples):
+    return iter(create_loader(samples, StreamSampler(DataOrder(8, 0), 2), 2, False))
+"""
+
+
+def run_small(program: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "-c", SMALL + program],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+
+
+def test_a_worker_that_runs_out_of_files_ends_the_trainer_and_says_so():
+    """Whichever descriptor is the one too many: reading, sharing memory, sending the batch, giving the memory out."""
+    program = """
+for room in [0, 3, 4, 5, 6, 8, 16]:
+    if os.fork():  # a trainer of its own each time, without the seconds that importing takes
+        os.wait()
+        continue
+    samples = Samples()
+    samples.room = room
+    try:
+        for batch in itertools.islice(load(samples), 12):
+            pass
+        print(room, "fine", flush=True)
+    except (OSError, EOFError, RuntimeError) as error:
+        print(room, "failed", repr(error.args)[-200:], flush=True)
+    sys.exit()
+"""
+    result = run_small(program)
+    lines = result.stdout.splitlines()
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert [int(line.split()[0]) for line in lines] == [0, 3, 4, 5, 6, 8, 16]
+    assert lines[0].startswith("0 failed")
+    assert lines[-1] == "16 fine"
+    named = [line for line in lines if "a loader process could not hand over a batch" in line]
+    assert len(named) >= 2
+    assert all(re.search(r"Too many open files \(the limit is \d+: ulimit -n\)", line) for line in named)
+    # a cause that the trainer cannot see is told by the worker
+    unnamed = [line for line in lines if "failed" in line and "open files" not in line]
+    assert result.stderr.count("could not hand over a batch: [Errno 24] Too many open files") >= len(unnamed)
+
+
+def test_a_worker_that_cannot_give_out_the_memory_of_a_batch_ends_the_trainer():
+    """The batch was sent; the trainer comes for its memory when no connection can be accepted any more."""
+    program = """
+samples = Samples()
+samples.room, samples.sent = 0, 2
+stream = load(samples)
+time.sleep(2)
+next(stream)
+"""
+    result = run_small(program)
+    assert result.returncode == 1
+    assert result.stderr.count("a loader process could not hand over a batch: [Errno 24] Too many open files") in (1, 2)
+
+
+@pytest.mark.parametrize(
+    ("program", "message"),
+    [
+        ("samples = Samples(); samples.bad = 3\nstream = load(samples)\nfor batch in stream: pass", "bad sample"),
+        ("stream = load(Samples())\nnext(stream)\nraise ValueError('in the trainer')", "in the trainer"),
+    ],
+)
+def test_an_error_ends_a_process_with_workers(program, message):
+    result = run_small(program)
+    assert result.returncode == 1
+    assert f"ValueError: {message}" in result.stderr
+
+
+def test_a_loader_may_have_as_many_files_as_its_user_may():
+    program = """
+hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard))
+load(Samples())
+print(resource.getrlimit(resource.RLIMIT_NOFILE) == (min(hard, 2**16), hard))
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, 96))
+load(Samples())
+print(resource.getrlimit(resource.RLIMIT_NOFILE) == (96, 96))
+"""
+    assert run_small(program).stdout.split() == ["True", "True"]
