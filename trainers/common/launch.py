@@ -71,7 +71,7 @@ class Request:
     num_processes: int
     mixed_precision: str
     sharding: Sharding | None
-    zero: Zero | None
+    zero: Zero | None = None
 
 
 def read_request(environment: Mapping[str, str], training: TrainingConfig) -> Request:
@@ -89,7 +89,7 @@ def read_request(environment: Mapping[str, str], training: TrainingConfig) -> Re
         if asked(name):
             raise ValueError(f"the launch configuration asks for {what} ({name}={environment[name]}): {instead}")
     steps = asked("ACCELERATE_GRADIENT_ACCUMULATION_STEPS")
-    if steps not in ("", "1", "auto", str(training.gradient_accumulation_steps)):
+    if steps not in ("", "1", str(training.gradient_accumulation_steps)):
         raise ValueError(
             f"the launch configuration sets gradient_accumulation_steps {steps}, the run "
             f"{training.gradient_accumulation_steps}: leave it out of the launch configuration"
