@@ -139,6 +139,15 @@ def test_the_export_is_the_average(straight, stage):
     assert runs.differing(averages, dict(network.named_parameters())) == []
 
 
+def test_a_validation_leaves_stage_3_as_it_was(tmp_path):
+    """No average that it has gathered is taken for a weight afterwards; only validation calls the average here."""
+    often, never = (
+        train(tmp_path / f"{every}", 3, "--objective.name=flow_matching", f"--validation.validation_steps={every}")
+        for every in (1, "null")
+    )
+    assert runs.differing(often, never) == []
+
+
 @STAGES
 def test_nan_on_one_process_reaches_no_weight(tmp_path, stage):
     """The first is left out, the second ends the run; between them lies a sound checkpoint."""
