@@ -81,7 +81,7 @@ def saves(folder: Path, beside: bool, layers: int) -> Iterator[tuple[float, floa
         began = time.perf_counter()
         run.save_checkpoint()
         stall = time.perf_counter() - began
-        run.wait_for_checkpoint()
+        run._saver.wait()
         yield stall, time.perf_counter() - began
 
 

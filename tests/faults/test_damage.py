@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import logging
 import os
 import random
@@ -114,6 +115,137 @@ def test_the_run_goes_on_from_the_one_before_and_replaces_the_damaged_one(run_di
     assert checkpoints.verify(run_dir / "checkpoint-6") == []
     assert runs.differing(undamaged, runs.tensors_of(run_dir / "checkpoint-6")) == []
     assert runs.rows_of(run_dir) == rows
+
+
+# ---- what cannot even be read ----
+
+
+def dangling_link(checkpoint: Path, monkeypatch) -> None:
+    (checkpoint / "model.safetensors").unlink()
+    (checkpoint / "model.safetensors").symlink_to("/nonexistent/model.safetensors")
+
+
+def folder_instead(checkpoint: Path, monkeypatch) -> None:
+    (checkpoint / "model.safetensors").unlink()
+    (checkpoint / "model.safetensors").mkdir()
+
+
+def pipe_instead(checkpoint: Path, monkeypatch) -> None:
+    (checkpoint / "model.safetensors").unlink()
+    os.mkfifo(checkpoint / "model.safetensors")
+
+
+def failing_medium(checkpoint: Path, monkeypatch) -> None:
+    open_ = Path.open
+
+    def fail(path, *arguments, **settings):
+        if path == checkpoint / "model.safetensors":
+            raise OSError(errno.EIO, "Input/output error", str(path))
+        return open_(path, *arguments, **settings)
+
+    monkeypatch.setattr(Path, "open", fail)
+
+
+def manifest_folder(checkpoint: Path, monkeypatch) -> None:
+    (checkpoint / "manifest.json").unlink()
+    (checkpoint / "manifest.json").mkdir()
+
+
+def manifest_pipe(checkpoint: Path, monkeypatch) -> None:
+    (checkpoint / "manifest.json").unlink()
+    os.mkfifo(checkpoint / "manifest.json")
+
+
+def manifest_endless(checkpoint: Path, monkeypatch) -> None:
+    (checkpoint / "manifest.json").unlink()
+    (checkpoint / "manifest.json").symlink_to("/dev/zero")
+
+
+def manifest_huge(checkpoint: Path, monkeypatch) -> None:
+    os.truncate(checkpoint / "manifest.json", 2**40)  # sparse
+
+
+def sealed(**changes):
+    """A manifest that is sealed and says what none of ours would."""
+
+    def damage(checkpoint: Path, monkeypatch) -> None:
+        manifest = json.loads((checkpoint / "manifest.json").read_text()) | changes
+        del manifest["sha256"]
+        (checkpoint / "manifest.json").write_bytes(checkpoints._seal(manifest))
+
+    return damage
+
+
+UNREADABLE = {
+    "dangling link": dangling_link,
+    "folder in place of a file": folder_instead,
+    "pipe in place of a file": pipe_instead,
+    "failing medium": failing_medium,
+    "manifest is a folder": manifest_folder,
+    "manifest is a pipe": manifest_pipe,
+    "manifest without end": manifest_endless,
+    "manifest of a terabyte": manifest_huge,
+    "files are a list": sealed(files=["model.safetensors"]),
+    "files are nothing": sealed(files=None),
+    "a file is a number": sealed(files={"model.safetensors": 7}),
+    "sizes are lists": sealed(files={"model.safetensors": {"bytes": [1], "sha256": "0"}}),
+    "sizes are infinite": sealed(files={"model.safetensors": {"bytes": float("inf"), "sha256": "0"}}),
+    "the step is a text": sealed(step="6"),
+    "the format is another": sealed(format=1),
+}
+
+
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("name", UNREADABLE)
+def test_what_cannot_be_read_is_fallen_back_from_and_listed(run_dir, caplog, capsys, monkeypatch, name):
+    """`verify` and `list` answer with a line; so does the run, and goes on from the checkpoint before."""
+    UNREADABLE[name](run_dir / "checkpoint-6", monkeypatch)
+    assert falls_back(run_dir, caplog, "checkpoint-6")
+    assert checkpoints.main(["verify", str(run_dir / "checkpoint-6")]) == 2
+    verified = capsys.readouterr().out.splitlines()
+    assert verified[0].startswith(f"{run_dir / 'checkpoint-6'}: damaged")
+    assert len(verified) > 1
+    assert checkpoints.main(["list", str(run_dir)]) == 2
+    listed = capsys.readouterr().out
+    assert all(line in listed for line in verified)
+    assert f"{run_dir / 'checkpoint-4'}: complete" in listed
+    monkeypatch.undo()
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    runs.train(run_dir, max_train_steps=6, logging_steps=2, resume_from_checkpoint="latest")
+    assert checkpoints.verify(run_dir / "checkpoint-6") == []
+
+
+def test_an_old_checkpoint_that_cannot_be_read_ends_no_healthy_run(run_dir, caplog):
+    """Rotation looks at it, counts it as damaged, and goes on."""
+    shutil.rmtree(run_dir / "checkpoint-6")
+    dangling_link(run_dir / "checkpoint-2", None)
+    manifest_folder(shutil.copytree(run_dir / "checkpoint-4", run_dir / "checkpoint-3"), None)
+    runs.train(run_dir, max_train_steps=6, checkpointing_steps=1, resume_from_checkpoint="latest")
+    assert checkpoints.verify(run_dir / "checkpoint-6") == []
+    intact = [path for path in checkpoints.list_checkpoints(run_dir) if not checkpoints.verify(path)]
+    assert [checkpoints.step_of(path) for path in intact] == [6, 5, 4]  # the limit is 2; it resumed from 4
+
+
+@pytest.mark.parametrize("where", ["checkpoint-7", "checkpoint-7.tmp"])
+@pytest.mark.parametrize("what", ["file", "dangling link", "link to a folder", "folder"])
+def test_something_in_the_place_of_a_checkpoint_does_not_end_its_save(run_dir, tmp_path, where, what):
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "mine").write_text("stays")
+    place = run_dir / where
+    match what:
+        case "file":
+            place.write_text("a file")
+        case "dangling link":
+            place.symlink_to("/nonexistent")
+        case "link to a folder":
+            place.symlink_to(elsewhere)
+        case "folder":
+            shutil.copytree(elsewhere, place)
+    runs.train(run_dir, max_train_steps=7, resume_from_checkpoint=str(run_dir / "checkpoint-6"))
+    assert checkpoints.verify(run_dir / "checkpoint-7") == []
+    assert not (run_dir / "checkpoint-7").is_symlink()
+    assert (elsewhere / "mine").read_text() == "stays"
 
 
 # ---- a disk that does not take the checkpoint ----

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import random
 
@@ -185,3 +186,63 @@ def test_a_skipped_update_equals_one_that_was_never_made(tmp_path, flows, case):
             optimizer.step()
         results.append({"parameter": parameter.detach(), **optimizer.state[parameter]})
     assert runs.differing(*results) == []
+
+
+# ---- a state that is not finite, whatever the gradient is ----
+
+
+def spoil(run, what: str) -> None:
+    """One NaN in the state, as a fault of memory or of a kernel leaves it."""
+    parameter = run.network.proj_out.weight
+    target = {
+        "moment": lambda: run.optimizer.state[parameter]["exp_avg"],
+        "second moment": lambda: run.optimizer.state[parameter]["exp_avg_sq"],
+        "weight": lambda: parameter,
+        "average": lambda: run.ema.model.proj_out.weight,
+    }[what]()
+    with torch.no_grad():
+        target.view(-1)[0] = math.nan
+
+
+def train_and_spoil(run, what: str, at: int = 3) -> int | None:
+    """The exit code; the state is spoilt after `at` updates."""
+    check = run.validation(
+        1, lambda model: ({"norm": float(model.proj_out.weight.norm())}, {}), lambda row: row["norm"]
+    )
+    try:
+        for batch in run.batches():
+            if run.step == at:
+                spoil(run, what)
+            with run.accumulate():
+                run.update(*runs.flow_loss(run, batch))
+            check()
+        runs.save_and_close(run)
+    except SystemExit as stop:
+        return stop.code
+    return None
+
+
+@pytest.mark.parametrize("every", [1, 2])
+@pytest.mark.parametrize("policy", ["stop", "skip"])
+@pytest.mark.parametrize("what", ["moment", "second moment", "weight", "average"])
+def test_no_checkpoint_with_a_nan_is_ever_written(tmp_path, flows, capsys, what, policy, every):
+    """The run ends with exit code 3 and says what is spoilt; the last clean checkpoint is there to go on from."""
+    settings = {"max_train_steps": 12, "checkpoints_total_limit": 1, "lr_scheduler": "cosine"}
+    run = runs.open_run(tmp_path, flows, on_nonfinite=policy, checkpointing_steps=every, **settings)
+    assert train_and_spoil(run, what) == 3
+    message = capsys.readouterr().err
+    assert json.loads((tmp_path / "exit.json").read_text()) == {"code": 3}
+    found = checkpoints.list_checkpoints(tmp_path)
+    assert f"last checkpoint: {found[0]}" in message
+    assert checkpoints.step_of(found[0]) <= 3
+    for path in found:
+        assert checkpoints.verify(path) == []
+        assert all(torch.isfinite(value).all() for value in runs.tensors_of(path).values())
+    assert "the weights are those before it" not in message  # they are not
+    spoilt = {"average": "ema", "weight": "model", "moment": "model", "second moment": "optimizer"}[what]
+    assert spoilt in message.splitlines()[-1]
+
+    again = runs.open_run(tmp_path, flows, resume_from_checkpoint="latest", **settings)
+    runs.train_on(again)
+    runs.save_and_close(again)
+    assert checkpoints.verify(tmp_path / "checkpoint-12") == []

@@ -48,7 +48,7 @@ from trainers.common.run_dir import export_pipeline
 from trainers.common.saving import Saver, Snapshot
 from trainers.common.sharding import fill_skeleton, local, skeleton, state_tensors, whole
 from trainers.common.signals import GRACE, StopRequested
-from trainers.common.state import all_finite, checksum, frozen_tensors, optimizer_state, snapshot
+from trainers.common.state import all_finite, checksum, frozen_tensors, optimizer_state
 from trainers.common.tracking import TRACKERS, Tracking, read_rows
 from trainers.common.validation import Measured, Validation
 from trainers.common.zero import Engine
@@ -450,7 +450,8 @@ class TrainingRun:
         self._end_nonfinite(f"{what}; {before}")
 
     def _end_nonfinite(self, what: str) -> None:
-        self._saver.wait()
+        with self.rescue.unsound():  # a save under way may have failed
+            self._saver.wait()
         newest = checkpoints.find_latest(self.run_dir) if self.processes.is_main else None
         self._close(EXIT_NONFINITE)
         raise self._left(EXIT_NONFINITE, f"{what}; last checkpoint: {newest or 'none'}")
@@ -514,7 +515,7 @@ class TrainingRun:
         self, tensors: dict[str, dict[str, Tensor]], values: dict[str, dict], alone: bool = False
     ) -> Snapshot:
         """A copy of the state in host memory."""
-        parts = {part: snapshot(named, self.processes.is_main) for part, named in tensors.items()}
+        parts = self._saver.copy(tensors, alone)
         state = self._identity() | {
             "step": self.step,
             "consumed_samples": self.consumed_samples,

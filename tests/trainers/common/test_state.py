@@ -182,9 +182,9 @@ def test_signs_that_change_in_pairs_do_not_cancel():
 
 
 def test_large_tensors_are_summed_in_chunks_that_do_not_commute():
-    tensor = torch.zeros(2**26 + 8, dtype=torch.uint8)
+    tensor = torch.zeros(2**20 + 8, dtype=torch.uint8)
     seen = []
-    for place in (0, 2**26):
+    for place in (0, 2**20):
         tensor[place] = 1
         seen.append(checksum([("x", tensor)]))
         tensor[place] = 0
