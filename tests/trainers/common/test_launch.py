@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 import pytest
 import runs
 import yaml
@@ -96,9 +98,10 @@ REFUSED = [
     (DDP | {"dynamo_config": {"dynamo_backend": "INDUCTOR"}}, "set training.torch_compile instead"),
     (ONE | {"dynamo_config": {"dynamo_backend": "INDUCTOR"}}, "set training.torch_compile instead"),
     (PLAIN | {"distributed_type": "MEGATRON_LM", "megatron_lm_config": {}}, "Megatron-LM"),
-    (DEEPSPEED | {"deepspeed_config": {"zero_stage": 2}}, "DeepSpeed"),
-    (DEEPSPEED | {"deepspeed_config": {"zero_stage": 2, "gradient_clipping": 0.5}}, "DeepSpeed"),
-    (DEEPSPEED | {"deepspeed_config": {"zero_stage": 3, "gradient_accumulation_steps": 4}}, "DeepSpeed"),
+    (
+        DEEPSPEED | {"deepspeed_config": {"zero_stage": 3, "gradient_accumulation_steps": 4}},
+        "accumulation_steps 4, the",
+    ),
 ]
 
 
@@ -106,6 +109,12 @@ REFUSED = [
 def test_what_cannot_run_as_asked_is_refused_by_name(tmp_path, file, problem):
     with pytest.raises(ValueError, match=problem.replace("(", r"\(")):
         read_request(environment_of(tmp_path, file), training())
+
+
+@pytest.mark.skipif(find_spec("deepspeed") is not None, reason="DeepSpeed is installed: see test_zero.py")
+def test_deepspeed_that_is_not_installed_is_named(tmp_path):
+    with pytest.raises(ValueError, match=r"asks for DeepSpeed: pip install 'backlot\[deepspeed\]'"):
+        read_request(environment_of(tmp_path, DEEPSPEED | {"deepspeed_config": {"zero_stage": 2}}), training())
 
 
 @pytest.mark.parametrize(
@@ -147,5 +156,5 @@ def test_a_refusal_comes_before_any_folder(tmp_path, flows, monkeypatch, capsys)
     with pytest.raises(SystemExit) as exit_:
         runs.open_run(tmp_path / "run", flows)
     assert exit_.value.code == 2
-    assert capsys.readouterr().err.startswith("refused: the launch configuration asks for DeepSpeed")
+    assert capsys.readouterr().err.startswith("refused: the launch configuration sets gradient_acc")
     assert not (tmp_path / "run").exists()
