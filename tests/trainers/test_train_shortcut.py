@@ -90,7 +90,7 @@ def test_another_seed_or_dataset_cannot_continue_a_run(tmp_path, finished_run, c
     with pytest.raises(SystemExit) as exit_:
         runs.train(run_dir, max_train_steps=8, seed=1, resume_from_checkpoint="latest")
     assert exit_.value.code == 2
-    assert "another training.seed: 0, now 1" in capsys.readouterr().err
+    assert "training.seed: 0 then, 1 now" in capsys.readouterr().err
 
 
 def test_a_run_leaves_its_description_and_a_pipeline(finished_run):

@@ -3,17 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
-
-from torch import Tensor
-from torch.optim import Optimizer
 
 from backlot.config import Settings
 from trainers.common import checkpoints
 from trainers.common.config import IDENTITY, RunConfig
 from trainers.common.saving import STATE_NAME
-from trainers.common.state import load_optimizer, load_tensors
 
 
 def choose_checkpoint(run_dir: Path, wanted: str) -> tuple[Path | None, str | None]:
@@ -37,37 +32,23 @@ def choose_checkpoint(run_dir: Path, wanted: str) -> tuple[Path | None, str | No
     return checkpoint, None
 
 
-class Resumption:
-    """A verified checkpoint, being read."""
-
-    def __init__(self, checkpoint: Path):
-        self.checkpoint = checkpoint
-        self.state: dict = {}
-
-    def check(self, config: RunConfig, identity: dict) -> dict:
-        """The state of the run; ValueError names what makes this run another experiment."""
-        self.state = json.loads((self.checkpoint / STATE_NAME).read_text(encoding="utf-8"))
-        allowed = set(config.training.resume_with_changes)
-        differences = config.differences(self.state["config"])
-        if "training.seed" in allowed or any(line.startswith("training.seed:") for line in differences):
-            allowed.add("seed")  # that of the order; allowed, or refused, once
-        for key, now in identity.items():
-            then = self.state[key]
-            if then != now and key not in allowed and None not in (then, now):
-                differences.append(f"{key} ({IDENTITY[key]}): {then!r} then, {now!r} now")
-        if differences:
-            raise ValueError(
-                f"this is another experiment ({'; '.join(differences)}): start a new run, or allow a change with "
-                "--training.resume_with_changes"
-            )
-        return self.state
-
-    def load(self, part: str, tensors: Mapping[str, Tensor]) -> None:
-        load_tensors(self.checkpoint, part, tensors)
-
-    def load_optimizer(self, optimizer: Optimizer, names: Mapping[int, str]) -> None:
-        # Hyper-parameters are the configuration's, not those of the interrupted run.
-        load_optimizer(self.checkpoint, optimizer, names, self.state["optimizer"])
+def read_state(checkpoint: Path, config: RunConfig, identity: dict) -> dict:
+    """run_state.json of a verified checkpoint; ValueError names what makes this run another experiment."""
+    state = json.loads((checkpoint / STATE_NAME).read_text(encoding="utf-8"))
+    allowed = set(config.training.resume_with_changes)
+    differences = config.differences(state["config"])
+    if "training.seed" in allowed or any(line.startswith("training.seed:") for line in differences):
+        allowed.add("seed")  # that of the order; allowed, or refused, once
+    for key, now in identity.items():
+        then = state[key]
+        if then != now and key not in allowed and None not in (then, now):
+            differences.append(f"{key} ({IDENTITY[key]}): {then!r} then, {now!r} now")
+    if differences:
+        raise ValueError(
+            f"this is another experiment ({'; '.join(differences)}): start a new run, or allow a change with "
+            "--training.resume_with_changes"
+        )
+    return state
 
 
 def describe_state(state: dict, optimizer_values: dict, config: Settings) -> dict:

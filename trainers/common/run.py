@@ -25,7 +25,6 @@ from diffusers import DiffusionPipeline, ModelMixin
 from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset
 from tqdm import tqdm
@@ -34,24 +33,22 @@ from backlot.command_line import EXIT_DONE, EXIT_INPUT, EXIT_NONFINITE, EXIT_RES
 from backlot.files import write_json
 from backlot.samples import DataOrder, Order, derive_seed
 from trainers.common import checkpoints
-from trainers.common.attention import configure_network
 from trainers.common.config import RunConfig
-from trainers.common.ema import EMA, SwappedEMA
 from trainers.common.guard import Guard
 from trainers.common.launch import Launch
 from trainers.common.loader import StreamSampler, abandon_workers, create_loader
 from trainers.common.meter import Meter
-from trainers.common.optimization import base_learning_rate, create_lr_scheduler, create_optimizer, set_schedule_step
+from trainers.common.networks import Networks
+from trainers.common.optimization import base_learning_rate, create_lr_scheduler, set_schedule_step
 from trainers.common.rescue import Rescue
-from trainers.common.resume import Resumption, best_of, choose_checkpoint, describe_state
+from trainers.common.resume import best_of, choose_checkpoint, describe_state, read_state
 from trainers.common.run_dir import export_pipeline
 from trainers.common.saving import Saver, Snapshot
-from trainers.common.sharding import fill_skeleton, local, skeleton, state_tensors, whole
+from trainers.common.sharding import local, whole
 from trainers.common.signals import GRACE, StopRequested
-from trainers.common.state import all_finite, checksum, frozen_tensors, optimizer_state
+from trainers.common.state import all_finite
 from trainers.common.tracking import TRACKERS, Tracking, read_rows
 from trainers.common.validation import Measured, Validation
-from trainers.common.zero import Engine
 
 logger = logging.getLogger(__name__)
 
@@ -102,7 +99,6 @@ class TrainingRun:
         self.step = self.consumed_samples = 0
         self.resumed_plan: int | None = None
         self.is_sharded = launch.sharding is not None or launch.zero is not None
-        self.zero: Engine | None = None
         self.rescue = Rescue(self)
         self._saver = Saver(self.run_dir, self.processes, launch.sharding is not None, self.training)
         self._micro_step, self._nonfinite = 0, 0
@@ -115,58 +111,19 @@ class TrainingRun:
         self._tracking: Tracking | None = None
         self._progress: tqdm | None = None
         try:
-            self._prepare(launch, model, trained, modules or {})
+            self.networks = Networks(accelerator, config.training, model, trained, modules or {})
         except ValueError as error:
             raise self.refuse(str(error)) from error
+        networks = self.networks
+        self.model, self.network, self.trained = networks.model, networks.network, networks.trained
+        self.ema, self.optimizer, self.zero = networks.ema, networks.optimizer, networks.zero
+        # Never prepared: Accelerate would step it once per process.
+        self.lr_scheduler = create_lr_scheduler(self.optimizer, self.training)
+        self._parameters = networks.parameters()
         self._guard = Guard(accelerator.device, stop=self.training.on_nonfinite == "stop")
         self._meter = Meter(accelerator)
 
     # ---- start ----
-
-    def _prepare(self, launch: Launch, model: ModelMixin, trained: nn.Module | None, modules: dict) -> None:
-        """Network, average and further modules on the device, whole or sharded; then the optimiser."""
-        training, precision, device = self.training, self.precision, self.accelerator.device
-        if not launch.sharding:
-            model = model.to(device)  # a sharded one goes there block by block
-        self.network = configure_network(model, training, precision.dtype, device)
-        self.trained = self.network if trained is None else trained
-        for _, tensor in frozen_tensors(self.network, self.trained):
-            tensor.requires_grad_(False)  # else each would get a gradient that nobody uses
-        self._frozen = None if trained is None else checksum(frozen_tensors(self.network, self.trained))
-        self._skeleton = skeleton(self.trained) if self.is_sharded else None
-        self._modules = {name: module if launch.sharding else module.to(device) for name, module in modules.items()}
-        settings = (training.ema_decay, training.ema_ramp, precision.autocast)
-        # the average of a part shares the rest with the live network, and two sharded networks cannot share
-        swapped = launch.sharding is not None and trained is not None
-        self._is_cut = launch.zero is not None and launch.zero.stage == 3
-        if self._is_cut and modules:
-            raise ValueError(f"{', '.join(modules)}: further networks do not go with ZeRO-3; use ZeRO-2, DDP or FSDP2")
-        copied = training.use_ema and not swapped and not self._is_cut
-        self.ema = EMA(self.network, *settings, self.trained) if copied else None
-        precision.prepare(self.network)
-        if launch.sharding:
-            copies = [] if self.ema is None else [self.ema.model]
-            for network in (self.network, *copies, *self._modules.values()):
-                launch.sharding.apply(network, precision, trains=network is self.network)
-            if training.use_ema and swapped:
-                self.ema = SwappedEMA(self.network, *settings, self.trained)
-            self.model = self.network
-        elif not launch.zero:
-            self.model = self.accelerator.prepare_model(self.network)
-        if training.torch_compile:
-            for network in (self.network, *([self.ema.model] if self.ema else []), *self._modules.values()):
-                network.compile()
-        self.optimizer = create_optimizer(self.trained, training)
-        if launch.zero:
-            self.zero = launch.zero.start(self.network, self.trained, self.optimizer, training)
-            self.model = self.zero.model
-            if training.use_ema and self._is_cut:
-                self.ema = self.zero.average(*settings, self.network)
-        self.model.train()
-        # Never prepared: Accelerate would step it once per process.
-        self.lr_scheduler = create_lr_scheduler(self.optimizer, training)
-        self._parameters = [p for p in self.trained.parameters() if p.requires_grad]
-        self._gated = isinstance(self.optimizer, torch.optim.AdamW)
 
     @property
     def samples_per_update(self) -> int:
@@ -186,7 +143,7 @@ class TrainingRun:
     @property
     def inference_model(self) -> ModelMixin:
         """What validation and the exported pipeline use: the EMA, or the live weights without one."""
-        return self.network if self.ema is None else self.ema.model
+        return self.networks.for_inference
 
     def applied_average(self) -> AbstractContextManager:
         """Inside, `inference_model` has the averaged weights."""
@@ -219,18 +176,9 @@ class TrainingRun:
         self.restart_clock()
 
     def _load(self, checkpoint: Path) -> None:
-        resumption = Resumption(checkpoint)
         try:
-            state = resumption.check(self.config, self._identity())
-            for name, module in self._modules.items():
-                resumption.load(name, dict(state_tensors(module)))
-            if self.zero is not None:
-                self.zero.load(checkpoint, self.ema)
-            else:
-                resumption.load("model", dict(state_tensors(self.trained)))
-                if self.ema is not None:
-                    resumption.load("ema", self.ema.tensors())
-                resumption.load_optimizer(self.optimizer, self._names())
+            state = read_state(checkpoint, self.config, self._identity())
+            self.networks.load(checkpoint, state["optimizer"])
         except (ValueError, OSError, KeyError, SafetensorError) as error:
             raise self.refuse(f"cannot resume from {checkpoint}: {error}") from error
         if self.precision.scale is not None and state["loss_scale"]:
@@ -251,11 +199,8 @@ class TrainingRun:
             "seed": self.order.seed,
             "num_samples": self.order.num_samples,
             "data": getattr(self.dataset, "fingerprint", None),
-            "frozen": self._frozen,
+            "frozen": self.networks.frozen,
         }
-
-    def _names(self) -> dict[int, str]:
-        return {id(parameter): name for name, parameter in self.trained.named_parameters()}
 
     # ---- the loop ----
 
@@ -427,7 +372,7 @@ class TrainingRun:
             scale.update(bad * (1 - failed))
             self._loss_is_bad = 0.0
         verdict = self._guard.judge(bad, failed, self.step)
-        if self._gated:
+        if self.networks.is_gated:
             self.optimizer.found_inf = verdict
         elif verdict:  # 8-bit AdamW has no such input: one host synchronisation
             return
@@ -440,7 +385,7 @@ class TrainingRun:
         first_position = self.consumed_samples - (self.step - step) * self.samples_per_update
         samples = [int(key) for key in self.order.keys(first_position, min(self.samples_per_update, 64))]
         self._nonfinite += count
-        spoilt = self._spoilt(self._tensors()[0])
+        spoilt = self._spoilt(self.networks.tensors()[0])
         what = f"non-finite loss or gradient in update {step + 1}; its samples: {samples}"
         may_skip = self.training.on_nonfinite == "skip" and self._nonfinite <= self.training.max_nonfinite_skips
         if may_skip and not spoilt:
@@ -455,18 +400,6 @@ class TrainingRun:
         newest = checkpoints.find_latest(self.run_dir) if self.processes.is_main else None
         self._close(EXIT_NONFINITE)
         raise self._left(EXIT_NONFINITE, f"{what}; last checkpoint: {newest or 'none'}")
-
-    def _tensors(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, dict]]:
-        """The state by part, and what of the optimiser's is not a tensor; called by all processes."""
-        tensors = {name: dict(state_tensors(module)) for name, module in self._modules.items()}
-        if self.zero is not None:
-            averages = {} if self.ema is None else {"ema": self.zero.weights(self.ema)}
-            return tensors | {"model": self.zero.weights()} | averages | {"optimizer": self.zero.moments()}, {}
-        tensors["model"] = dict(state_tensors(self.trained))
-        if self.ema is not None:
-            tensors["ema"] = self.ema.tensors()
-        tensors["optimizer"], values = optimizer_state(self.optimizer, self._names())
-        return tensors, values
 
     def _spoilt(self, tensors: dict[str, dict[str, Tensor]], alone: bool = False) -> str:
         """What of the state is not finite on any process, in words; synchronises."""
@@ -485,7 +418,7 @@ class TrainingRun:
             self._saver.wait()
             return
         self._report_nonfinite()
-        tensors, values = self._tensors()
+        tensors, values = self.networks.tensors()
         if spoilt := self._spoilt(tensors):
             self._end_nonfinite(f"{spoilt} not finite at update {self.step}: no checkpoint")
         self._saver.save(self._snapshot(tensors, values))
@@ -506,7 +439,7 @@ class TrainingRun:
             return
         if self.training.on_nonfinite == "stop" and self._guard.read()[0]:
             raise ValueError("a loss or gradient was not finite")
-        tensors, values = self._tensors()
+        tensors, values = self.networks.tensors()
         if spoilt := self._spoilt(tensors, alone=True):
             raise ValueError(f"{spoilt} not finite")
         self._saver.save(self._snapshot(tensors, values, alone=True), alone=True)
@@ -572,31 +505,11 @@ class TrainingRun:
             self.save_checkpoint()
             self._saver.wait()
             if self.is_sharded:
-                pipeline = self._with_whole_weights(pipeline)
+                pipeline = self.networks.with_whole_weights(pipeline)
             if self.processes.is_main:
                 with self.applied_average() if not self.is_sharded else nullcontext():
                     export_pipeline(self.run_dir, pipeline)
         self._close(EXIT_DONE)
-
-    def _with_whole_weights(self, pipeline: DiffusionPipeline | ModelMixin) -> DiffusionPipeline | ModelMixin:
-        """The same with gathered weights in place of this process's shares; called by all processes."""
-        if self.zero is None:
-            tensors = dict(state_tensors(self.trained)) if self.ema is None else self.ema.tensors()
-        else:
-            tensors = self.zero.weights(self.ema)  # gathered already, where they are not nothing
-        for name, tensor in tensors.items():
-            full = whole(tensor)  # all processes take part, one tensor at a time
-            if self.processes.is_main:
-                fill_skeleton(self._skeleton, name, full.detach().cpu())
-        if not isinstance(pipeline, DiffusionPipeline):
-            return self._skeleton
-        own = self.trained if self.ema is None else self.ema.part
-        for name, part in pipeline.components.items():
-            if part is own:
-                pipeline.register_modules(**{name: self._skeleton})
-            elif isinstance(part, FSDPModule) or (self._is_cut and part is self.network):
-                raise TypeError(f"the pipeline's {name} is a sharded base: finish with the part that trains")
-        return pipeline
 
     def end_early(self, alone: bool = False) -> None:
         """Answer a stop: checkpoint, exit code 75; `alone` where the other processes can no longer take part."""

@@ -151,7 +151,7 @@ def test_the_base_never_moves_and_every_part_of_the_adapter_does(tmp_path):
             assert torch.equal(tensor, before[name]), name
             assert torch.equal(averaged[name], tensor), name
     assert [name for name, parameter in model.base.named_parameters() if parameter.grad is not None] == []
-    assert list(run._names().values()) == ["down.weight", "down.bias", "up.weight", "up.bias"]
+    assert list(run.networks._names().values()) == ["down.weight", "down.bias", "up.weight", "up.bias"]
     runs.save_and_close(run)
 
 
