@@ -35,7 +35,7 @@ demo-scene: $(STAMP)  ## generate whole 3D scenes, with and without a view of on
 test: $(STAMP)  ## lint and the fast tests (CPU)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 test-slow: $(STAMP)  ## the long tests: fault campaign, demo report in a browser
 	$(BIN)/python -m pytest -m slow

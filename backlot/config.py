@@ -19,7 +19,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, SettingsError
 
-from backlot.command_line import EXIT_INPUT
+from backlot.command_line import EXIT_INPUT, leave
 
 MAX_FILE_BYTES = 100_000
 MAX_VALUES = 5_000
@@ -90,10 +90,29 @@ def load_config(config_class: type[ConfigT], argv: list[str] | None = None) -> C
             print("\nfurther names:", *(f"  --{alias} is --{key}" for alias, key in aliases.items()), sep="\n")
         raise
     if problems:
-        lines = "\n".join(f"  {problem}" for problem in problems)
-        print(f"configuration refused:\n{lines}", file=sys.stderr)
-        raise SystemExit(EXIT_INPUT)
+        raise _refused(problems)
     return config
+
+
+def checked(config: ConfigT, changes: dict[str, dict]) -> ConfigT:
+    """The configuration with other values, all of it checked again; refused as `load_config` does if it no longer fits.
+
+    Args:
+        changes: section -> key -> value.
+    """
+    values: dict = {}
+    _merge(values, config.model_dump())
+    _merge(values, changes)
+    try:
+        return type(config)(**values)
+    except ValidationError as error:
+        keys = [*_keys(type(config)), *config.aliases]
+        raise _refused([_explain(detail, keys, {}) for detail in error.errors(include_url=False)]) from None
+
+
+def _refused(problems: list[str]) -> SystemExit:
+    lines = "\n".join(f"  {problem}" for problem in problems)
+    return leave(EXIT_INPUT, f"configuration refused:\n{lines}")
 
 
 def dump_config(config: Settings) -> str:

@@ -11,18 +11,22 @@ from pathlib import Path
 from typing import IO
 
 
-def write_file(path: Path, data: bytes | str) -> None:
-    """Give `path` this content, durably: after a kill or a power cut it is all there, or what it was before."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    temporary.write_bytes(data.encode() if isinstance(data, str) else data)
-    publish(temporary, path)
+def write_file(path: Path, data: bytes | str, durable: bool = True) -> None:
+    """Give `path` this content: after a kill it is all there, or what it was before.
 
-
-def publish(temporary: Path, target: Path) -> None:
-    """Give a finished file its name, durably."""
-    fsync(temporary)
-    temporary.replace(target)
-    fsync(target.parent)
+    Args:
+        durable: after a power cut, too; of many small files that can be made again it is not worth the waits.
+    """
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        temporary.write_bytes(data.encode() if isinstance(data, str) else data)
+        if durable:
+            fsync(temporary)
+        temporary.replace(path)
+        if durable:
+            fsync(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def fsync(path: Path) -> None:

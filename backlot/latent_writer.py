@@ -133,7 +133,7 @@ def prepare_folder(folder: Path, wanted: Manifest, overwrite: bool) -> dict[int,
     if overwrite:  # the manifest first: shards without one are never taken for anything
         for path in [folder / MANIFEST_NAME, *folder.glob("shard-*.safetensors")]:
             path.unlink(missing_ok=True)
-    for path in [*folder.glob("shard-*.safetensors.tmp"), *folder.glob(f"{MANIFEST_NAME}.tmp")]:
+    for path in [*folder.glob("shard-*.safetensors*.tmp"), *folder.glob(f"{MANIFEST_NAME}*.tmp")]:
         path.unlink()
     if not (folder / MANIFEST_NAME).is_file():
         return {}

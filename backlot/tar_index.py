@@ -26,7 +26,7 @@ from typing import BinaryIO
 import numpy as np
 from safetensors.numpy import load, save
 
-from backlot.files import publish
+from backlot.files import write_file
 
 logger = logging.getLogger(__name__)
 
@@ -222,15 +222,9 @@ def describe(tar: Path, keep: tuple[str, ...]) -> bytes:
 
 def store_members(tar: Path, key: bytes, members: Members) -> None:
     """Write the index beside the tar; where that is not possible say so, once for each folder, and go on."""
-    path = index_path(tar)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     data = save({"key": np.frombuffer(key, np.uint8), **vars(members)})
     try:
-        try:
-            temporary.write_bytes(hashlib.sha256(data).digest() + data)
-            publish(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        write_file(index_path(tar), hashlib.sha256(data).digest() + data)
     except OSError as error:
         warn_once(tar.parent, error.strerror or str(error))
 

@@ -48,6 +48,35 @@ def guide(network: Network, sample: Sample, t: Tensor, d: Tensor, conditions: Sa
     return tree_map(lambda n, c: n + scale * (c - n), unconditional, conditional)
 
 
+def distillation_loss(
+    network: Network,
+    student_ema: Network,
+    teacher: Network | None,
+    noise: Sample,
+    data: Sample,
+    conditions: Sample,
+    null_conditions: Sample,
+    step: int,
+    max_train_steps: int,
+    config: ObjectiveConfig,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss that `config.name` names, at times of the lattice that update `step` has come to."""
+    match config.name:
+        case "progressive":
+            sections = 2 ** (config.levels - phase(step, max_train_steps, config) - 1)
+        case "consistency":
+            sections = 2 ** phase(step, max_train_steps, config)
+        case "consistency_distillation":
+            sections = config.denoise_timesteps
+    t = lattice_times(len(data), sections, data.device)
+    if config.name == "progressive":
+        return progressive_loss(
+            network, teacher, noise, data, t, conditions, null_conditions, step, max_train_steps, config
+        )
+    gap = torch.full_like(t, 1 / sections)
+    return consistency_loss(network, student_ema, noise, data, t, gap, conditions, config, teacher)
+
+
 def progressive_loss(
     network: Network,
     teacher: Network,

@@ -154,8 +154,7 @@ def scene_loss(
     null_conditions: Sample,
     draws: Draws,
     config: SceneObjectiveConfig,
-    mean_objects: Tensor | None = None,
-) -> tuple[Tensor, dict[str, Tensor]]:
+) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
     """Flow matching and self-consistency of a batch of scenes.
 
     Args:
@@ -163,24 +162,26 @@ def scene_loss(
         data: modalities (B, N, tokens, channels). object_mask: (B, N) bool.
         conditions, null_conditions: (B, ...) each scene's condition and "none".
         draws: the batch's randomness, see `draw`.
-        mean_objects: objects per scene, averaged over the batch of every process (reduction `object`).
 
     Returns:
-        The scalar loss, and to log either scalars or pairs (sum, number of rows).
+        The loss, to log either scalars or pairs (sum, number of rows), and a weight. Where scenes weigh alike the loss
+        is the mean over the batch and the weight None; where objects do (`reduction`), their sum and their number.
     """
     prediction, target = regress(network, teacher, data, conditions, null_conditions, draws, config)
     mask = object_mask[draws.rows].to(draws.t.dtype)
     errors = {name: object_mean(squared_difference(prediction[name], target[name]), mask) for name in sorted(data)}
     total = sum(config.loss_weights[name] * values for name, values in errors.items())
-    rows = mask.sum(1) / mean_objects if mean_objects is not None else torch.ones_like(total)
-    count = draws.num_bootstrap
-    consistency, flow = (rows * total)[:count], (rows * total)[count:]
-    if not config.follows_reference:
-        loss = (config.shortcut_loss_weight * consistency.sum() + flow.sum()) / len(total)
-    else:
+    objects, count = mask.sum(1), draws.num_bootstrap
+    by_object = config.reduction == "object"
+    rows = objects * total if by_object else total
+    consistency, flow = rows[:count], rows[count:]
+    if config.follows_reference:
         means = [part.mean() if len(part) else part.sum() for part in (consistency, flow)]
         loss = config.shortcut_loss_weight * means[0] + means[1]
-    return loss, describe_errors(errors, total, draws, config)
+    else:
+        loss = config.shortcut_loss_weight * consistency.sum() + flow.sum()
+        loss = loss if by_object else loss / len(total)
+    return loss, describe_errors(errors, total, draws, config), objects.sum() if by_object else None
 
 
 def object_mean(errors: Tensor, mask: Tensor) -> Tensor:

@@ -189,7 +189,7 @@ class SceneObjectiveConfig(Section):
     loss_weights: dict[str, float] = LOSS_WEIGHTS
     """Of each modality; those not given keep their defaults."""
     reduction: Literal["scene", "object"] = "scene"
-    """Whether scenes or objects weigh alike, over all processes."""
+    """Whether scenes or objects weigh alike, over all processes and micro-batches of an update."""
     target_clip: float | None = Field(None, gt=0)
     """Bound on the intermediate point and on self-consistency targets; null for none."""
     condition_dropout_prob: float = Field(0.1, ge=0, le=1)
@@ -219,6 +219,8 @@ class SceneObjectiveConfig(Section):
             unknown = sorted(set(names) - set(MODALITIES))
             if unknown:
                 raise ValueError(f"`{key}` names {', '.join(unknown)}; modalities are {', '.join(MODALITIES)}")
+        if self.reduction == "object" and self.follows_reference:
+            raise ValueError("`reduction` object is not among the rules of the reference, whose loss is of scenes")
         if self.independent_t and self.mode == "object":
             raise ValueError("`independent_t` is for mode scene: an object alone has a time of its own anyway")
         if self.pairing == "hungarian" and self.mode == "object":

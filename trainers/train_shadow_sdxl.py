@@ -10,13 +10,14 @@ DIR is what data_prep.shadows render writes; the mathematics of the losses is in
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import lazy_loader
 from pydantic import Field, model_validator
 
 import backlot
 import objectives
+from backlot.command_line import input_errors
 from backlot.config import Section, load_config
 from data_prep import shadows
 from evaluation import shadow_sdxl as evaluation
@@ -91,6 +92,9 @@ class ValidationConfig(Section):
 
 
 class Config(RunConfig):
+    may_change: ClassVar[frozenset[str]] = frozenset(
+        {"validation", "data.path", "data.validation_path", "data.cache_latents"}
+    )
     model: ModelConfig = ModelConfig()
     data: DataConfig
     objective: LossConfig = LossConfig()
@@ -163,16 +167,13 @@ def as_shortcut(model):
 
 def validate(model, run: common.TrainingRun, config: Config, pipeline, held_out: list[dict]):
     """Loss and decoded shadows of unseen objects: the same noise and times every time."""
-    settings, count = config.validation, len(held_out)
+    settings = config.validation
     pipeline.set_progress_bar_config(disable=True)
     torch.manual_seed(config.training.seed)
-    scalars = {}
-    num_batches = -(-count // settings.batch_size)
-    for items in (held_out[i::num_batches] for i in range(num_batches)):
-        batch = {k: v.to(run.accelerator.device) for k, v in torch.utils.data.default_collate(items).items()}
-        for name, value in compute_loss(run, batch, config, pipeline, model)[1].items():
-            scalars[name] = scalars.get(name, 0.0) + float(value) * len(items) / count
-
+    batches = common.batches_of(held_out, settings.batch_size, run.accelerator.device)
+    scalars = common.mean_of(
+        (compute_loss(run, batch, config, pipeline, model)[1], len(batch["mask"])) for batch in batches
+    )
     shown = held_out[:8]
     true = torch.stack([item["shadow_map"] for item in held_out])
     rows = [torch.stack([(item["object_image"] + 1) / 2 for item in shown]), true[: len(shown)]]
@@ -181,31 +182,25 @@ def validate(model, run: common.TrainingRun, config: Config, pipeline, held_out:
         measured = evaluation.measure_maps(maps, true)
         scalars |= {f"{name}/{steps}": float(values.mean()) for name, values in measured.items()}
         rows.append(maps[: len(shown)])
-    names = ["object", "true", *(f"{n} step{'s' * (n > 1)}" for n in settings.num_inference_steps)]
+    names = ["object", "true", *common.step_names(settings.num_inference_steps)]
     return scalars, {"shadows": backlot.image_grid([backlot.to_images(row) for row in rows], names, cell=128)}
 
 
 def open_data(config: Config, accelerator):
     """Training samples (latents where there is a VAE and they are cached), and a list of held-out ones."""
     data, model = config.data, config.model
-    train_split, held_out_split = ("all", "all") if data.validation_path else ("train", "validation")
-    try:
-        train = shadows.ShadowDataset(
-            data.path, split=train_split, image_size=data.image_size, horizontal_flip=data.horizontal_flip
-        )
-        held_out = shadows.ShadowDataset(
-            data.validation_path or data.path, split=held_out_split, image_size=data.image_size
-        )
+    size, other = data.image_size, data.validation_path
+    splits = ("all", "all") if other else ("train", "validation")
+    with input_errors("data"):
+        train = shadows.ShadowDataset(data.path, split=splits[0], image_size=size, horizontal_flip=data.horizontal_flip)
+        held_out = shadows.ShadowDataset(other or data.path, split=splits[1], image_size=size)
         held_out.check_disjoint(train)
+        items = common.held_out_items(held_out, config.validation.num_samples)
         if model.vae and data.cache_latents:
             pixels = config.objective.pixel_weight > 0
-            with accelerator.main_process_first():
+            with accelerator.launch.processes.main_first():
                 train = shadows.open_latents(train, model.vae, device=accelerator.device, pixels=pixels)
-        count = min(config.validation.num_samples, len(held_out))
-        rows = [i * len(held_out) // count for i in range(count)] if accelerator.is_main_process else []
-        return train, [held_out[row] for row in rows]
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"data: {error}") from error
+        return train, items
 
 
 def create_unet(config: Config, vae):
@@ -218,20 +213,19 @@ def create_unet(config: Config, vae):
     elif name != "flow":
         settings |= {"prediction_type": name}
     settings["sample_size"], rest = divmod(config.data.image_size, backlot.vae_scale_factor(vae))
-    try:
+    with input_errors("model"):
         if rest:
             raise ValueError(f"data.image_size {config.data.image_size} is no multiple of the latents' side")
         if model.pretrained_model:
             return shadow_sdxl.ShadowUNet.from_sdxl(model.pretrained_model, **settings)
         return shadow_sdxl.ShadowUNet(latent_channels=backlot.latent_channels(vae), **shape, **settings)
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"model: {error}") from error
 
 
 def main(argv: list[str] | None = None) -> None:
     config = load_config(Config, argv)
     accelerator = common.create_accelerator(config)
     dataset, held_out = open_data(config, accelerator)
+    config = config.in_updates(len(dataset), accelerator.num_processes)
     vae = backlot.load_vae(config.model.vae, config.model.pixel_block_size).to(accelerator.device)
     torch.manual_seed(config.training.seed)
     unet = create_unet(config, vae)
@@ -246,8 +240,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     for batch in run.batches():
         with run.accumulate():
-            loss, metrics = compute_loss(run, batch, config, pipeline)
-            run.update(loss, metrics)
+            run.update(*compute_loss(run, batch, config, pipeline))
         check()
     run.finish(pipeline)
 

@@ -10,12 +10,13 @@ DIR is what data_prep.scenes writes. `OccupancyVAE.from_pretrained(output_dir)` 
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import lazy_loader
 from pydantic import Field
 
 import backlot
+from backlot.command_line import input_errors
 from backlot.config import Section, load_config
 from data_prep import scenes
 from pipelines import shortcut_scene
@@ -80,6 +81,7 @@ class ValidationConfig(Section):
 
 
 class Config(RunConfig):
+    may_change: ClassVar[frozenset[str]] = frozenset({"validation", "data.path"})
     training: ShapeTrainingConfig
     model: ModelConfig = ModelConfig()
     data: DataConfig
@@ -116,17 +118,16 @@ def vae_loss(logits, occupancy, posterior, settings: LossConfig):
 def validate(model, run: common.TrainingRun, config: Config, held_out):
     """Loss and reconstructions of unseen shapes (N, 1, R, R, R): the same noise every time, then none."""
     torch.manual_seed(config.training.seed)
-    totals, decoded, shown = {}, [], config.validation.num_shown
+    measured, decoded, shown = [], [], config.validation.num_shown
     for part in held_out.split(config.validation.batch_size):
         occupancy = part.to(run.accelerator.device)
         values = compute_loss(run, {"occupancy": occupancy}, config, model)[1]
         logits = model(occupancy, sample_posterior=False).sample.float()
         values |= {name: each.mean() for name, each in compare(logits > 0, occupancy > 0).items()}
         decoded += logits[: max(0, shown - len(decoded))].cpu()
-        for name, value in values.items():
-            totals[name] = totals.get(name, 0.0) + float(value) * len(part) / len(held_out)
+        measured.append((values, len(part)))
     rows = [[draw(grid[0]) for grid in grids] for grids in (20 * held_out[:shown] - 10, decoded)]
-    return totals, {"shapes": backlot.image_grid(rows, ["true", "decoded"])}
+    return common.mean_of(measured), {"shapes": backlot.image_grid(rows, ["true", "decoded"])}
 
 
 def compare(decoded, true) -> dict:
@@ -148,30 +149,26 @@ def draw(logits):
 def create_vae(config: Config):
     """The network: of the configured shape, or a trained one."""
     model = config.model
-    try:
+    with input_errors("model"):
         if model.init_from:
             return shortcut_scene.OccupancyVAE.from_pretrained(model.init_from)
         shape = model.model_dump(exclude={"preset", "init_from"}, exclude_none=True)
         return shortcut_scene.OccupancyVAE.from_preset(model.preset, **shape)
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"model: {error}") from error
 
 
-def open_data(config: Config, resolution: int, is_main_process: bool):
+def open_data(config: Config, resolution: int):
     """The training shapes, and (N, 1, R, R, R) held-out ones, spread over their split; one line if they do not fit."""
     data = config.data
-    try:
+    with input_errors("data"):
         train = scenes.OccupancyDataset(data.path, "train", flip=data.flip, rotate=data.rotate)
         held_out = scenes.OccupancyDataset(data.path, "val")
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"data: {error}") from error
-    for dataset in (train, held_out):
-        if dataset.resolution != resolution:
-            raise SystemExit(
-                f"data: the shapes in {data.path} have {dataset.resolution} cells a side, the model takes {resolution}"
-            )
-    count = min(config.validation.num_samples, len(held_out)) if is_main_process else 1
-    return train, torch.stack([held_out[i * len(held_out) // count]["occupancy"] for i in range(count)])
+        for dataset in (train, held_out):
+            if dataset.resolution != resolution:
+                raise ValueError(
+                    f"the shapes in {data.path} have {dataset.resolution} cells a side, the model takes {resolution}"
+                )
+        items = common.held_out_items(held_out, config.validation.num_samples)
+    return train, torch.stack([item["occupancy"] for item in items])
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -179,7 +176,8 @@ def main(argv: list[str] | None = None) -> None:
     accelerator = common.create_accelerator(config)
     torch.manual_seed(config.training.seed)
     vae = create_vae(config)
-    dataset, held_out = open_data(config, vae.config.sample_size, accelerator.is_main_process)
+    dataset, held_out = open_data(config, vae.config.sample_size)
+    config = config.in_updates(len(dataset), accelerator.num_processes)
     run = common.TrainingRun(accelerator, config, model=vae, dataset=dataset)
     run.resume()
     check = run.validation(

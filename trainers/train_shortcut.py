@@ -10,14 +10,16 @@ Top to bottom: what can be set, the loss of one micro-batch, validation, the loo
 
 from __future__ import annotations
 
+import copy
 import logging
-from typing import Literal
+from typing import ClassVar, Literal
 
 import lazy_loader
 from pydantic import Field, model_validator
 
 import backlot
 import objectives
+from backlot.command_line import input_errors
 from backlot.config import Section, load_config
 from data_prep import images
 from objectives.settings import ObjectiveConfig
@@ -74,6 +76,7 @@ class ValidationConfig(Section):
 
 
 class Config(RunConfig):
+    may_change: ClassVar[frozenset[str]] = frozenset({"validation", "data.path", "data.max_bad_fraction"})
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
@@ -111,38 +114,27 @@ def compute_loss(run: common.TrainingRun, batch: dict, config: Config, teacher=N
     null = {"class_labels": torch.full_like(labels, run.network.config.num_classes)}
     network = as_network(run.model if model is None else model)
     online, ema = as_network(run.network), as_network(run.ema)
-    objective, distillation = config.objective, objectives.distillation
+    objective = config.objective
     if objective.name == "shortcut":
         draws = objectives.shortcut.draw(data, objective, *run.micro_batch)
         half_steps = ema if objective.teacher == "ema" else online
         return objectives.shortcut.shortcut_loss(network, half_steps, data, conditions, null, draws, objective)
 
     noise, t = torch.randn_like(data), torch.rand(len(data), device=data.device)
-    step, last_step = run.step, config.training.max_train_steps
     if objective.name in ("flow_matching", "live_reflow") or objective.condition_dropout_prob == 1:
         drop = torch.rand(len(data), device=data.device) < objective.condition_dropout_prob
         conditions = objectives.rectified_flow.where_rows(drop, null, conditions)
-    match objective.name:
-        case "flow_matching":
-            return objectives.rectified_flow.flow_matching_loss(
-                network, noise, data, t, conditions, step_size=objective.flow_step_size, path_eps=objective.path_eps
-            )
-        case "live_reflow":
-            rows = objectives.shortcut.count_bootstrap_rows(len(data), objective)
-            return objectives.reflow.live_reflow_loss(network, noise, data, t, conditions, null, rows, objective)
-        case "progressive":
-            sections = 2 ** (objective.levels - distillation.phase(step, last_step, objective) - 1)
-            t = distillation.lattice_times(len(data), sections, data.device)
-            return distillation.progressive_loss(
-                network, as_network(teacher), noise, data, t, conditions, null, step, last_step, objective
-            )
-        case "consistency":
-            sections = 2 ** distillation.phase(step, last_step, objective)
-        case "consistency_distillation":
-            sections = objective.denoise_timesteps
-    t = distillation.lattice_times(len(data), sections, data.device)
-    gap, path = torch.full_like(t, 1 / sections), as_network(teacher) if teacher is not None else None
-    return distillation.consistency_loss(network, ema, noise, data, t, gap, conditions, objective, path)
+    if objective.name == "flow_matching":
+        return objectives.rectified_flow.flow_matching_loss(
+            network, noise, data, t, conditions, step_size=objective.flow_step_size, path_eps=objective.path_eps
+        )
+    if objective.name == "live_reflow":
+        rows = objectives.shortcut.count_bootstrap_rows(len(data), objective)
+        return objectives.reflow.live_reflow_loss(network, noise, data, t, conditions, null, rows, objective)
+    teacher = as_network(teacher) if teacher is not None else None
+    return objectives.distillation.distillation_loss(
+        network, ema, teacher, noise, data, conditions, null, run.step, config.training.max_train_steps, objective
+    )
 
 
 def as_network(model):
@@ -153,20 +145,22 @@ def as_network(model):
 def validate(model, run: common.TrainingRun, config: Config, pipeline, held_out: dict, teacher=None):
     """Held-out loss and rows of samples of different step counts: same noise and classes every time."""
     columns, classes = config.validation.num_images_per_row, model.config.num_classes
-    labels = [i % classes for i in range(columns)] if config.objective.condition_dropout_prob < 1 else [None] * columns
+    labels = [i % classes for i in range(columns)]
+    if config.objective.condition_dropout_prob == 1:
+        labels = [None] * columns
     pipeline.set_progress_bar_config(disable=True)
-    rows, names = [], []
-    for steps in config.validation.num_inference_steps:
+    rows, counts = [], config.validation.num_inference_steps
+    for steps in counts:
         generator = torch.Generator().manual_seed(config.training.seed)
         rows.append(pipeline(labels, num_inference_steps=steps, generator=generator).images)
-        names.append(f"{steps} step" + "s" * (steps > 1))
 
     torch.manual_seed(config.training.seed)
-    batch = {name: values.to(run.accelerator.device) for name, values in held_out.items()}
-    scalars = {name: float(value) for name, value in compute_loss(run, batch, config, teacher, model)[1].items()}
+    batch = common.to_device(held_out, run.accelerator.device)
+    _, metrics = compute_loss(run, batch, config, teacher, model)
+    scalars = {name: float(value) for name, value in metrics.items()}
     if scalars.get("flow_target_outside_clip", 0) > 0.01:
         logger.warning("over 1 % of the flow targets exceed objective.target_clip: the data's range does not fit it")
-    return scalars, {"samples": backlot.image_grid(rows, names, cell=64)}
+    return scalars, {"samples": backlot.image_grid(rows, common.step_names(counts), cell=64)}
 
 
 def create_pipeline(transformer, config: Config):
@@ -180,11 +174,9 @@ def create_pipeline(transformer, config: Config):
         dyadic_only=config.model.official and config.model.use_shortcut,
         method="consistency" if objective.name.startswith("consistency") else "euler",
     )
-    try:
+    with input_errors("validation.num_inference_steps"):
         for steps in config.validation.num_inference_steps:
             scheduler.set_timesteps(steps)
-    except ValueError as error:
-        raise SystemExit(f"validation.num_inference_steps: {error}") from error
     vae = backlot.load_vae(config.data.vae).to(transformer.device) if config.data.vae else None
     return shortcut.ShortcutPipeline(transformer, scheduler, vae)
 
@@ -192,7 +184,7 @@ def create_pipeline(transformer, config: Config):
 def open_split(config: Config, split: str):
     """The dataset of one split; what is wrong with it is said in one line."""
     data, quarantine = config.data, config.training.output_dir / "quarantine.jsonl"
-    try:
+    with input_errors("data"):
         if data.dataset_name == "latents":
             fingerprint = backlot.latent_cache.vae_fingerprint(data.vae)
             return images.LatentDataset(
@@ -200,40 +192,43 @@ def open_split(config: Config, split: str):
             )
         settings = data.model_dump(exclude={"vae"})
         return images.open_images(**settings, split=split, quarantine_path=quarantine)
-    except (OSError, ValueError, ImportError) as error:
-        raise SystemExit(f"data: {error}") from error
+
+
+def create_transformer(config: Config, sample, num_classes: int):
+    """A network for samples (C, H, W)."""
+    model = config.model
+    return shortcut.ShortcutDiT.from_size(
+        model.size,
+        sample_size=sample.shape[-1],
+        in_channels=sample.shape[0],
+        num_classes=num_classes,
+        **model.model_dump(exclude={"size", "official"}, exclude_none=True),
+        **(shortcut.OFFICIAL if model.official else {}),
+    )
 
 
 def main(argv: list[str] | None = None) -> None:
     config = load_config(Config, argv)
-    objective, steps = config.objective, config.training.max_train_steps
     accelerator = common.create_accelerator(config)
     dataset, held_out = open_split(config, "train"), open_split(config, "validation")
-    count = min(config.validation.num_samples, len(held_out))  # spread out: folders list one class after another
-    rows = [backlot.SampleKey(i * len(held_out) // count) for i in range(count)]
-    held_out = torch.utils.data.default_collate([held_out[row] for row in rows])
-    sample = held_out.get("latents", held_out.get("pixel_values"))
+    config = config.in_updates(len(dataset), accelerator.num_processes)
+    objective, steps = config.objective, config.training.max_train_steps
+    items = common.held_out_items(held_out, config.validation.num_samples)
+    sample = items[0].get("latents", items[0].get("pixel_values"))
+    held_out = torch.utils.data.default_collate(items)
     torch.manual_seed(config.training.seed)
-    transformer = shortcut.ShortcutDiT.from_size(
-        config.model.size,
-        sample_size=sample.shape[-1],
-        in_channels=sample.shape[1],
-        num_classes=dataset.num_classes or 1,
-        **config.model.model_dump(exclude={"size", "official"}, exclude_none=True),
-        **(shortcut.OFFICIAL if config.model.official else {}),
-    )
-    teacher = None
-    if objective.teacher_model:
-        teacher = shortcut.ShortcutDiT.from_pretrained(objective.teacher_model, subfolder="transformer")
-        if teacher.config.use_shortcut:
-            raise SystemExit("objective.teacher_model knows step sizes: train it with model.use_shortcut false")
-        transformer.load_state_dict(teacher.requires_grad_(False).state_dict())
+    with input_errors("model"):
+        transformer = create_transformer(config, sample, dataset.num_classes or 1)
+        teacher = None
+        if objective.teacher_model:
+            common.load_weights(transformer, objective.teacher_model, part="transformer")
+            teacher = copy.deepcopy(transformer).requires_grad_(False)
     modules = {"teacher": teacher} if teacher is not None else None
     run = common.TrainingRun(accelerator, config, model=transformer, dataset=dataset, modules=modules)
     run.resume()
     progressive = objective.name == "progressive"
     if progressive and run.resumed_plan not in (None, steps):
-        raise SystemExit(f"a progressive run cannot be extended: it was laid out for {run.resumed_plan} updates")
+        raise run.refuse(f"a progressive run cannot be extended: it was laid out for {run.resumed_plan} updates")
     if objective.name == "shortcut":
         logger.info(objectives.shortcut.describe(config.training.train_batch_size, run.micro_batch[1], objective))
     pipeline = create_pipeline(run.inference_model, config)
@@ -245,8 +240,7 @@ def main(argv: list[str] | None = None) -> None:
         if progressive and objectives.distillation.starts_phase(run.step, steps, objective):
             teacher.load_state_dict(run.ema.model.state_dict())
         with run.accumulate():
-            loss, metrics = compute_loss(run, batch, config, teacher)
-            run.update(loss, metrics)
+            run.update(*compute_loss(run, batch, config, teacher))
         check()
     run.finish(pipeline)
 

@@ -11,7 +11,6 @@ DIR is what data_prep.scenes writes. The objective (arXiv 2511.16624, 2410.12557
 from __future__ import annotations
 
 import logging
-import math
 from typing import Annotated, ClassVar, Literal
 
 import lazy_loader
@@ -19,6 +18,7 @@ from pydantic import Field, model_validator
 
 import backlot
 import objectives
+from backlot.command_line import input_errors
 from backlot.config import Section, load_config
 from data_prep import scenes
 from evaluation import shortcut_scene as evaluation
@@ -87,27 +87,19 @@ class ValidationConfig(Section):
     """Rows of sampled scenes."""
 
 
-class GuideConfig(Section):
-    """The user's guide counts in passes over the data; these win over the updates they stand for."""
-
-    num_epochs: int | None = Field(None, gt=0)
-    """Instead of max_train_steps."""
-    save_interval: int | None = Field(None, gt=0)
-    """Instead of checkpointing_steps."""
-
-
 class Config(RunConfig):
+    may_change: ClassVar[frozenset[str]] = frozenset({"validation", "data.data_root"})
     aliases: ClassVar[dict[str, str]] = {  # the guide's names
         "num_workers": "training.dataloader_num_workers",
         "weight_decay": "training.adam_weight_decay",
         "grad_clip": "training.max_grad_norm",
         "log_interval": "training.logging_steps",
+        "save_interval": "training.checkpointing_epochs",
     }
     model: ModelConfig = ModelConfig()
     data: DataConfig
     shortcut: SceneObjectiveConfig = SceneObjectiveConfig()
     validation: ValidationConfig = ValidationConfig()
-    guide: GuideConfig = GuideConfig()
 
     @model_validator(mode="after")
     def _check(self) -> Config:
@@ -126,7 +118,7 @@ class Config(RunConfig):
 
 
 def compute_loss(run: common.TrainingRun, batch: dict, config: Config, model=None, draws=None):
-    """The loss of one micro-batch of data_prep.SceneDataset -> (scalar, metrics).
+    """The loss of one micro-batch of data_prep.SceneDataset -> (loss, metrics, weight).
 
     `model` takes the network's place and `draws` that of new ones (validation: EMA, fixed grid).
     """
@@ -137,13 +129,10 @@ def compute_loss(run: common.TrainingRun, batch: dict, config: Config, model=Non
         draws = scene.draw(data, object_mask, shortcut, run.step, generator)
     if shortcut.pairing == "hungarian":
         data = scene.pair_objects(data, draws.noise, object_mask)
-    mean_objects = object_mask.sum(1).float().mean() if shortcut.reduction == "object" else None
-    if mean_objects is not None and model is None:  # only one process validates
-        mean_objects = run.accelerator.reduce(mean_objects, "mean")
     network = as_network(run.model if model is None else model)
     teacher = as_network(run.ema if shortcut.teacher == "ema" and run.ema is not None else run.network)
     null = scene.without_condition(conditions)
-    return scene.scene_loss(network, teacher, data, object_mask, conditions, null, draws, shortcut, mean_objects)
+    return scene.scene_loss(network, teacher, data, object_mask, conditions, null, draws, shortcut)
 
 
 def split_batch(batch: dict) -> tuple[dict, dict]:
@@ -162,20 +151,20 @@ def validate(model, run: common.TrainingRun, config: Config, pipeline, held_out)
     """Loss at fixed times and step sizes, and scenes of several step counts: the same noise every time."""
     rows = range(min(config.validation.num_samples, len(held_out)))
     batch = torch.utils.data.default_collate(held_out.__getitems__(rows))
-    batch = {name: values.to(run.accelerator.device) for name, values in batch.items()}
-    data = split_batch(batch)[0]
+    batch = common.to_device(batch, run.accelerator.device)
+    data, _ = split_batch(batch)
     scalars = {}
     for t, step_size in objectives.scene.validation_grid(config.shortcut):
         torch.manual_seed(config.training.seed)
         draws = objectives.scene.grid_draws(data, config.shortcut, t, step_size)
-        loss = compute_loss(run, batch, config, model, draws)[0]
-        scalars[f"loss/t={t:g},D={step_size:g}"] = float(loss)
+        loss, _, weight = compute_loss(run, batch, config, model, draws)
+        scalars[f"loss/t={t:g},D={step_size:g}"] = float(loss) / float(weight or 1)
     scalars["loss"] = sum(scalars.values()) / len(scalars)
 
     steps = config.validation.num_inference_steps
     shown = evaluation.show(pipeline, held_out, rows[:6], steps)
     pictures = [[backlot.rendering.render_scene(scene, size=128) for scene in row] for row in shown]
-    names = ["true", *(f"{count} step" + "s" * (count > 1) for count in steps)]
+    names = ["true", *common.step_names(steps)]
     return scalars, {"scenes": backlot.image_grid(pictures, names, cell=128)}
 
 
@@ -185,15 +174,13 @@ def open_data(config: Config):
     picture = ["image", *["pointmap"] * model.use_pointmap, *["masks"] * (model.object_condition == "mask")]
     conditions = {"none": [], "tokens": ["cond_tokens"], "image": picture}[model.condition]
     settings = data.model_dump(exclude={"data_root", "pose_codec"}) | {"conditions": conditions}
-    try:
+    with input_errors("data"):
         if data.pose_codec == "zscore":
             codec = shortcut_scene.PoseCodec.from_pretrained(data.data_root)
         else:
             codec = shortcut_scene.PoseCodec(data.pose_codec)
         train = scenes.SceneDataset(data.data_root, "train", codec, batch_mode=config.shortcut.mode, **settings)
         held_out = scenes.SceneDataset(data.data_root, "val", codec, **settings)
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"data: {error}") from error
     return codec, train, held_out
 
 
@@ -211,30 +198,22 @@ def create_transformer(config: Config, sample: dict, codec):
         settings |= {"condition_channels": sample["cond_tokens"].shape[-1]}
     transformer = shortcut_scene.SceneShortcutTransformer.from_preset(model.preset, **settings)
     if model.init_from:
-        transformer.start_from(model.init_from)
+        lacking = transformer.begins_without_effect
+        common.load_weights(transformer, model.init_from, part="transformer", may_lack=lacking)
     return transformer
-
-
-def in_updates(config: Config, num_samples: int, num_processes: int) -> Config:
-    """The guide's passes over the data as updates."""
-    guide, training = config.guide, config.training
-    updates = num_samples / (training.train_batch_size * training.gradient_accumulation_steps * num_processes)
-    passes = {"max_train_steps": guide.num_epochs, "checkpointing_steps": guide.save_interval}
-    changes = {key: math.ceil(value * updates) for key, value in passes.items() if value}
-    return config.model_copy(update={"training": training.model_copy(update=changes)})
 
 
 def main(argv: list[str] | None = None) -> None:
     config = load_config(Config, argv)
     accelerator = common.create_accelerator(config)
     codec, dataset, held_out = open_data(config)
-    config = in_updates(config, len(dataset), accelerator.num_processes)
+    config = config.in_updates(len(dataset), accelerator.num_processes)
     torch.manual_seed(config.training.seed)
-    try:
+    with input_errors("model"):
         transformer = create_transformer(config, held_out[0], codec)
         components = shortcut_scene.load_components(config.model.vae, config.model.image_encoder, accelerator.device)
-    except (OSError, ValueError) as error:
-        raise SystemExit(f"model: {error}") from error
+    if config.shortcut.self_consistency_prob and config.shortcut.fm_warmup_steps >= config.training.max_train_steps:
+        logger.warning("the run ends before shortcut.fm_warmup_steps: it trains a plain flow and no shortcut")
     if config.shortcut.mode == "scene" and not transformer.is_scene_level:
         logger.warning("mode is scene, but no block has attention_scope scene: objects stay independent")
     run = common.TrainingRun(accelerator, config, model=transformer, dataset=dataset)

@@ -43,6 +43,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from backlot.files import write_file
 from backlot.metadata import Metadata, describe_errors
 from backlot.modalities import OPTIONAL_POSES, POSES, WIDTHS
 
@@ -119,13 +120,13 @@ def write_scene(
             _remove(folder, name, FORMATS)
     for name, values in contents.items():
         own = "safetensors" if name == "shapes" else format
-        _write(folder / f"{name}.{own}", _to_bytes(values, own))
+        write_file(folder / f"{name}.{own}", _to_bytes(values, own), durable=False)
         _remove(folder, name, [other for other in FORMATS if other != own])
     write_metadata(folder, metadata)
 
 
 def write_metadata(folder: Path, metadata: Mapping) -> None:
-    _write(folder / METADATA_NAME, (json.dumps(metadata, indent=2, allow_nan=False) + "\n").encode())
+    write_file(folder / METADATA_NAME, (json.dumps(metadata, indent=2, allow_nan=False) + "\n").encode(), durable=False)
 
 
 def _tensors(values: Mapping[str, Tensor | np.ndarray]) -> dict[str, Tensor]:
@@ -141,15 +142,6 @@ def _to_bytes(values: dict[str, Tensor], format: str) -> bytes:
     buffer = io.BytesIO()
     torch.save(values, buffer)
     return buffer.getvalue()
-
-
-def _write(path: Path, data: bytes) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        temporary.write_bytes(data)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _remove(folder: Path, kind: str, formats: Iterable[str]) -> None:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import os
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
@@ -23,6 +22,7 @@ import numpy as np
 import trimesh
 from tqdm import tqdm
 
+from backlot.files import write_json
 from backlot.rendering import SEEN_REACH, Camera, Rendering, object_color, render, to_bytes
 from data_prep.scenes.format import CONDITIONS, SPLITS, pack_occupancy, write_scene
 from data_prep.scenes.shapes import FAMILIES, FLAT_TOPS, Shape, occupancy, random_shape
@@ -381,9 +381,7 @@ def write_record(out: Path, settings: Settings) -> None:
     if any((out / split).is_dir() and any((out / split).iterdir()) for split in SPLITS):
         raise ValueError(f"{out} holds scenes already, and no {RECORD_NAME} that would say how they were made")
     out.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    temporary.write_text(json.dumps({"version": FORMAT_VERSION, **asdict(settings)}, indent=2) + "\n")
-    temporary.replace(path)
+    write_json(path, {"version": FORMAT_VERSION, **asdict(settings)})
 
 
 def read_settings(root: str | Path) -> Settings:

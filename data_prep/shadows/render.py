@@ -34,6 +34,8 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from backlot.files import write_file
+
 DATASET_NAME, METADATA_NAME = "dataset.json", "metadata.json"
 FORMAT_VERSION = 1
 LIMITS = {"theta": (0.0, 45.0), "phi": (0.0, 360.0), "size": (2.0, 8.0), "camera": (5.0, 20.0)}
@@ -261,7 +263,7 @@ def render_dataset(
     else:
         check_record(out, found, record)
     out.mkdir(parents=True, exist_ok=True)
-    write_file(out / DATASET_NAME, json.dumps(record, indent=1).encode(), durable=True)
+    write_file(out / DATASET_NAME, json.dumps(record, indent=1).encode())
     if progress:
         print(f"rendering with {chosen.variant} in {num_workers} {'processes' if num_workers > 1 else 'process'}")
     write = write_folder if chosen.format == "folder" else write_shards
@@ -310,8 +312,8 @@ def write_folder(out: Path, settings: Settings, shots: Sequence[Shot], render: R
     paths = {name: out / folder for name, folder in FOLDERS.items()}
     for path in paths.values():
         path.mkdir(exist_ok=True)
-        for leftover in path.glob("*.tmp"):
-            leftover.unlink()
+    for leftover in (file for path in (out, *paths.values()) for file in path.glob("*.tmp")):
+        leftover.unlink()
     metadata = read_json(out / METADATA_NAME) or {}
     there = [{file.stem for file in path.glob("*.png")} for path in paths.values()]
     done = set(metadata).intersection(*there)
@@ -321,7 +323,7 @@ def write_folder(out: Path, settings: Settings, shots: Sequence[Shot], render: R
     for samples in render(missing):
         for stem, sample in samples.items():
             for name, picture in sample.pictures.items():
-                write_file(paths[name] / f"{stem}.png", picture)
+                write_file(paths[name] / f"{stem}.png", picture, durable=False)
             metadata[stem] = sample.metadata
         bar.update(len(samples))
         if time.monotonic() - flushed > FLUSH_SECONDS:
@@ -332,7 +334,7 @@ def write_folder(out: Path, settings: Settings, shots: Sequence[Shot], render: R
 
 def write_metadata(out: Path, metadata: dict[str, dict[str, object]]) -> None:
     os.sync()  # what the metadata names must be on the disk before they are
-    write_file(out / METADATA_NAME, json.dumps(dict(sorted(metadata.items())), indent=1).encode(), durable=True)
+    write_file(out / METADATA_NAME, json.dumps(dict(sorted(metadata.items())), indent=1).encode())
 
 
 def write_shards(out: Path, settings: Settings, shots: Sequence[Shot], render: Renders, bar: tqdm) -> None:
@@ -357,7 +359,7 @@ def write_shards(out: Path, settings: Settings, shots: Sequence[Shot], render: R
             view = next(views)
             samples |= view
             bar.update(len(view))
-        write_file(path, tar_of(samples), durable=True)
+        write_file(path, tar_of(samples))
 
 
 def tar_of(samples: dict[str, Sample]) -> bytes:
@@ -371,17 +373,6 @@ def tar_of(samples: dict[str, Sample]) -> bytes:
                 header.size = len(data)
                 tar.addfile(header, io.BytesIO(data))
     return buffer.getvalue()
-
-
-def write_file(path: Path, data: bytes, durable: bool = False) -> None:
-    """Write under another name, then rename: the file is there whole or not at all."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    with temporary.open("wb") as file:
-        file.write(data)
-        if durable:
-            file.flush()
-            os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 # --- what a folder holds --------------------------------------------------------------------------------------------

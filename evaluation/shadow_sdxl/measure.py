@@ -236,35 +236,17 @@ def evaluate(
     rows = [Row(str(number), number) for number in steps]
     rows.append(Row("phi_shuffled", steps[0], SHUFFLE_DEGREES))
     sides = [None] if metric_resolution is None else [None, metric_resolution]
-    tables = [Table(count, num_draws) for _ in sides]
-    # float64, which Apple's GPUs lack, keeps some of the metrics exact
-    device = torch.device("cpu") if pipeline.device.type == "mps" else pipeline.device
-
+    tables = {side: Table(count, num_draws) for side in sides}
     with tqdm(total=count * num_draws * len(rows), unit="map", disable=not show_progress) as progress:
         for start in range(0, count, batch_size):
             places = range(start, min(start + batch_size, count))
-            items = [dataset[place] for place in places]
-            true, mask, theta = (
-                torch.stack([item[name] for item in items]).to(device) for name in ("shadow_map", "mask", "theta")
-            )
-            targets = [(resize(true, side), resize(mask, side)) for side in sides]
-
-            def add(row: str, draw: int, maps: Tensor, places=places, targets=targets, theta=theta) -> None:
-                for side, table, target in zip(sides, tables, targets, strict=True):
-                    table.add(row, draw, places, measure(resize(maps, side), *target, theta, haze))
-
-            add("true", 0, true)
-            add("zero", 0, torch.zeros_like(true))
-            add("mean_map", 0, mean_map.to(device).expand_as(true))
-            for row in rows:
-                for draw in range(num_draws):
-                    add(row.name, draw, cast_row(pipeline, items, row, seed + draw, start).to(device))
-                    progress.update(len(items))
+            measure_batch(pipeline, dataset, places, rows, tables, mean_map, haze, seed)
+            progress.update(len(places) * num_draws * len(rows))
 
     few = [dataset[i * count // min(count, SWEEP_SAMPLES)] for i in range(min(count, SWEEP_SAMPLES))]
     common = {"num_inference_steps": steps[0], "seed": seed, "batch_size": batch_size}
     widths = sweep_sizes(pipeline, few, **common)
-    reports = [table.report(dataset.tracks) for table in tables]
+    reports = [table.report(dataset.tracks) for table in tables.values()]
     resized = {} if len(reports) == 1 else {"metric_resolution": metric_resolution, "resized_reports": reports[1]}
     return {
         "num_samples": {name: int(chosen.sum()) for name, chosen in groups_of(dataset.tracks).items()},
@@ -282,6 +264,37 @@ def evaluate(
             "monotone": None not in widths and all(a < b for a, b in itertools.pairwise(widths)),
         },
     }
+
+
+def measure_batch(
+    pipeline: ShadowSDXLPipeline,
+    dataset: ShadowDataset,
+    places: range,
+    rows: Sequence[Row],
+    tables: Mapping[int | None, Table],
+    mean_map: Tensor,
+    haze: float,
+    seed: int,
+) -> None:
+    """Put what is measured of the samples at `places` into the tables, one for each side that maps are resized to."""
+    # float64, which Apple's GPUs lack, keeps some of the metrics exact
+    device = torch.device("cpu") if pipeline.device.type == "mps" else pipeline.device
+    items = [dataset[place] for place in places]
+    true, mask, theta = (
+        torch.stack([item[name] for item in items]).to(device) for name in ("shadow_map", "mask", "theta")
+    )
+    targets = {side: (resize(true, side), resize(mask, side)) for side in tables}
+
+    def add(row: str, draw: int, maps: Tensor) -> None:
+        for side, table in tables.items():
+            table.add(row, draw, places, measure(resize(maps, side), *targets[side], theta, haze))
+
+    add("true", 0, true)
+    add("zero", 0, torch.zeros_like(true))
+    add("mean_map", 0, mean_map.to(device).expand_as(true))
+    for row in rows:
+        for draw in range(tables[None].num_draws):
+            add(row.name, draw, cast_row(pipeline, items, row, seed + draw, places.start).to(device))
 
 
 def cast_row(pipeline: ShadowSDXLPipeline, items: Items, row: Row, seed: int, first: int) -> Tensor:
@@ -311,7 +324,7 @@ class Table:
     """Every metric of every map: by row, draw and sample."""
 
     def __init__(self, num_samples: int, num_draws: int):
-        self.shape = num_draws, num_samples
+        self.num_draws, self.shape = num_draws, (num_draws, num_samples)
         self.values: dict[str, dict[str, np.ndarray]] = {}
 
     def add(self, row: str, draw: int, places: range, measured: Mapping[str, Tensor]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -170,20 +171,10 @@ def loss_by_level_and_time(
     """
     times = [index / num_time_bins for index in range(num_time_bins)]
     levels = range(objective.levels) if objective.name == "shortcut" else range(0)
-    lattice = transformer.config.step_embedding == "log2"
-    smallest = 1 / objective.denoise_timesteps
-
-    def inside(t: float, d: float) -> bool:
-        # What stands for the infinitesimal step is of no length, but log2 networks know times by 1/M.
-        spacing = d or smallest
-        return t + d <= 1 + 1e-9 and (not lattice or abs(t / spacing - round(t / spacing)) < 1e-6)
-
+    inside = functools.partial(stays_inside, transformer, objective)
     grid = [(level, t) for level in levels for t in times if inside(t, 2.0**-level)]
     grid += [(None, t) for t in times if inside(t, objective.flow_step_size)]
     loss = dict.fromkeys(grid, 0.0)
-
-    def network(sample: Tensor, t: Tensor, step_size: Tensor, conditions: dict[str, Tensor]) -> Tensor:
-        return transformer(sample, t, step_size, **conditions).sample
 
     null = torch.full((len(data),), transformer.config.num_classes)
     class_labels = null if class_labels is None else class_labels
@@ -194,27 +185,9 @@ def loss_by_level_and_time(
             rows = slice(start, start + batch_size)
             x = data[rows].to(device)
             noise = sample_noise(start, len(x), data.shape[1:], seed).to(device)
-            conditions, null_conditions = ({"class_labels": y[rows].to(device)} for y in (class_labels, null))
+            conditions = [{"class_labels": y[rows].to(device)} for y in (class_labels, null)]
             for level, t in tqdm(grid, desc="loss by level and time", disable=not show_progress, leave=False):
-                t_rows = torch.full((len(x),), t, device=device)
-                if level is None:
-                    d = objective.flow_step_size
-                    error, _ = flow_matching_loss(
-                        network, noise, x, t_rows, conditions, step_size=d, path_eps=objective.path_eps
-                    )
-                else:
-                    draws = Draws(
-                        noise=noise,
-                        t=t_rows,
-                        step_size=torch.full_like(t_rows, 2.0**-level),
-                        drop=torch.zeros_like(t_rows, dtype=torch.bool),
-                        rows=torch.arange(len(x), device=device),
-                        num_bootstrap=len(x),
-                        guidable=list(range(len(x))) if level == objective.levels - 1 else [],
-                    )
-                    noisy = interpolate(noise, x, t_rows, objective.path_eps)
-                    target = bootstrap_targets(network, noisy, draws, conditions, null_conditions, objective)
-                    error = squared_error(network(noisy, t_rows, draws.step_size, conditions), target).mean()
+                error = loss_at(transformer, x, noise, *conditions, level, t, objective)
                 loss[level, t] += error.item() * len(x) / len(data)
     finally:
         transformer.train(was_training)
@@ -226,3 +199,44 @@ def loss_by_level_and_time(
             for level in levels
         ],
     }
+
+
+def stays_inside(transformer: ShortcutDiT, objective: ObjectiveConfig, t: float, d: float) -> bool:
+    """Whether a network knows a step of length d at t: up to t + d = 1, and on the lattice if it knows only that."""
+    # What stands for the infinitesimal step is of no length, but log2 networks know times by 1/M.
+    spacing = d or 1 / objective.denoise_timesteps
+    lattice = transformer.config.step_embedding == "log2"
+    return t + d <= 1 + 1e-9 and (not lattice or abs(t / spacing - round(t / spacing)) < 1e-6)
+
+
+def loss_at(
+    transformer: ShortcutDiT,
+    x: Tensor,
+    noise: Tensor,
+    conditions: dict[str, Tensor],
+    null_conditions: dict[str, Tensor],
+    level: int | None,
+    t: float,
+    objective: ObjectiveConfig,
+) -> Tensor:
+    """The scalar loss of samples x (B, C, H, W), all at time t: of a step 2^-level, or of the flow where it is None."""
+
+    def network(sample: Tensor, t: Tensor, step_size: Tensor, conditions: dict[str, Tensor]) -> Tensor:
+        return transformer(sample, t, step_size, **conditions).sample
+
+    t_rows = torch.full((len(x),), t, device=x.device)
+    if level is None:
+        d = objective.flow_step_size
+        return flow_matching_loss(network, noise, x, t_rows, conditions, step_size=d, path_eps=objective.path_eps)[0]
+    draws = Draws(
+        noise=noise,
+        t=t_rows,
+        step_size=torch.full_like(t_rows, 2.0**-level),
+        drop=torch.zeros_like(t_rows, dtype=torch.bool),
+        rows=torch.arange(len(x), device=x.device),
+        num_bootstrap=len(x),
+        guidable=list(range(len(x))) if level == objective.levels - 1 else [],
+    )
+    noisy = interpolate(noise, x, t_rows, objective.path_eps)
+    target = bootstrap_targets(network, noisy, draws, conditions, null_conditions, objective)
+    return squared_error(network(noisy, t_rows, draws.step_size, conditions), target).mean()

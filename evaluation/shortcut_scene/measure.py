@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -398,12 +399,7 @@ def evaluate(
     Raises:
         ValueError: an argument is wrong, or the scenes are not finite.
     """
-    if not steps and not flow_steps:
-        raise ValueError("`steps` and `flow_steps` must not both be empty")
-    if num_draws < 1:
-        raise ValueError(f"`num_draws` must be at least 1, got {num_draws}")
-    if with_shapes and pipeline.vae is None:
-        raise ValueError("`with_shapes` must be False: this pipeline has no VAE")
+    check_evaluation(pipeline, steps, flow_steps, num_draws, with_shapes)
     knows_steps = pipeline.transformer.config.use_shortcut
     rows = [("shortcut" if knows_steps else "flow", count) for count in steps] + [("flow", n) for n in flow_steps]
     rows = list(dict.fromkeys(rows))
@@ -412,37 +408,23 @@ def evaluate(
     # boxes of shapes that do not fill their cubes are not known without them
     needs_shapes = with_shapes or (pipeline.codec.config.isotropic_scale and pipeline.vae is not None)
     tables = {name: Table(num_draws, count) for name in (*rows, "true", "independent_draws")}
-    is_ordered = False
+    is_ordered = has_order(pipeline, dataset[0])
 
+    rules = {"is_ordered": is_ordered, "has_floor": has_floor, "quarter_turns": quarter_turns}
+    settings = {"guidance_scale": guidance_scale, "with_shapes": needs_shapes}
     with tqdm(total=count * num_draws * len(rows), unit="scene", disable=not show_progress) as progress:
         for places in chunks:
-            items = [dataset[place] for place in places]
-            names = [dataset.scene_ids[place] for place in places]
+            items, names = [dataset[place] for place in places], [dataset.scene_ids[place] for place in places]
             true = [true_objects(pipeline, dataset, *both, needs_shapes) for both in zip(places, items, strict=True)]
-            is_ordered = has_order(pipeline, items[0])
             for place, scene in zip(places, true, strict=True):
                 tables["true"].add(0, place, measure_coherence(scene, has_floor))
                 tables["independent_draws"].add(0, place, {"coverage": coverage_ceiling(len(scene.cubes))})
-            for row in rows:
-                for draw in range(num_draws):
-                    predicted = predict(
-                        pipeline,
-                        items,
-                        names,
-                        row[1],
-                        use_shortcut=row[0] == "shortcut",
-                        guidance_scale=guidance_scale,
-                        with_shapes=needs_shapes,
-                        seed=seed + draw,
-                    )
-                    for place, ours, theirs in zip(places, predicted, true, strict=True):
-                        measured = measure_layout(
-                            ours, theirs, is_ordered=is_ordered, has_floor=has_floor, quarter_turns=quarter_turns
-                        )
-                        if with_shapes:
-                            measured |= measure_shapes(ours, theirs, is_ordered=is_ordered)
-                        tables[row].add(draw, place, measured)
-                    progress.update(len(items))
+            for row, draw in itertools.product(rows, range(num_draws)):
+                settings |= {"use_shortcut": row[0] == "shortcut", "seed": seed + draw}
+                predicted = predict(pipeline, items, names, row[1], **settings)
+                for place, ours, theirs in zip(places, predicted, true, strict=True):
+                    tables[row].add(draw, place, compare(ours, theirs, with_shapes, **rules))
+                progress.update(len(items))
 
     return {
         "num_scenes": count,
@@ -459,6 +441,30 @@ def evaluate(
         "shortcut": {str(n): tables[kind, n].report() for kind, n in rows if kind == "shortcut"},
         "flow": {str(n): tables[kind, n].report() for kind, n in rows if kind == "flow"},
     }
+
+
+def check_evaluation(
+    pipeline: ShortcutScenePipeline,
+    steps: Sequence[int],
+    flow_steps: Sequence[int],
+    num_draws: int,
+    with_shapes: bool,
+) -> None:
+    """ValueError for arguments of `evaluate` that leave nothing to measure."""
+    if not steps and not flow_steps:
+        raise ValueError("`steps` and `flow_steps` must not both be empty")
+    if num_draws < 1:
+        raise ValueError(f"`num_draws` must be at least 1, got {num_draws}")
+    if with_shapes and pipeline.vae is None:
+        raise ValueError("`with_shapes` must be False: this pipeline has no VAE")
+
+
+def compare(
+    predicted: Objects, true: Objects, with_shapes: bool, *, is_ordered: bool, has_floor: bool, quarter_turns: bool
+) -> dict[str, float]:
+    """`measure_layout`, and `measure_shapes` on request."""
+    measured = measure_layout(predicted, true, is_ordered=is_ordered, has_floor=has_floor, quarter_turns=quarter_turns)
+    return measured | (measure_shapes(predicted, true, is_ordered=is_ordered) if with_shapes else {})
 
 
 def has_order(pipeline: ShortcutScenePipeline, item: dict[str, Tensor]) -> bool:

@@ -162,43 +162,15 @@ class ShadowSDXLPipeline(ExportedPipeline):
         """
         images, masks, lights, picture_of = pair(image, mask, theta, phi, size)
         resolution = self.resolution if resolution is None else resolution
-        self.check_inputs(
-            images,
-            masks,
-            lights,
-            intensity,
-            num_inference_steps,
-            sigmas,
-            resolution,
-            output_type,
-            callback_on_step_end_tensor_inputs,
-        )
-        device, dtype = self._execution_device, self.unet.dtype
+        settings = (intensity, num_inference_steps, sigmas, resolution, output_type)
+        self.check_inputs(images, masks, lights, *settings, callback_on_step_end_tensor_inputs)
         pictures = [prepare(*both, resolution, self.unet.config.fill) for both in zip(images, masks, strict=True)]
-        mask_pixels = torch.stack([picture.mask for picture in pictures]).to(device)
-        object_latents = self.encode(torch.stack([picture.pixel_values for picture in pictures]).to(device))
-        mask_latents = torch.nn.functional.adaptive_avg_pool2d(mask_pixels, object_latents.shape[-2:])
-        rows = torch.tensor(picture_of, device=device)
-        object_latents, mask_latents = object_latents.to(dtype)[rows], mask_latents.to(dtype)[rows]
+        object_latents, mask_latents = self._encode_objects(pictures, picture_of)
         # within the range of training; 360 stays, that its difference to 0 can be measured
         lights = [(theta, phi if 0 <= phi <= 360 else phi % 360, size) for theta, phi, size in lights]
-        light = torch.tensor(lights, dtype=torch.float32, device=device)
-        shape = (len(lights), *object_latents.shape[1:])
-        if latents is not None and tuple(latents.shape) != shape:
-            raise ValueError(f"`latents` must have shape {shape}, got {tuple(latents.shape)}")
-        if isinstance(generator, list) and len(generator) != len(lights):
-            raise ValueError(f"`generator` must be one, or one per map: {len(lights)}, got {len(generator)}")
-        if latents is None:
-            latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
-        latents = latents.to(device=device, dtype=dtype)
-
-        if self.unet.config.prediction_type == "flow":
-            sigmas = sigmas or [1 - i / num_inference_steps for i in range(num_inference_steps)]
-            self.scheduler.set_timesteps(sigmas=sigmas, device=device)
-            step_sizes = (self.scheduler.sigmas[:-1] - self.scheduler.sigmas[1:]).to(device)
-        else:
-            self.scheduler.set_timesteps(num_inference_steps, device=device)
-            step_sizes = torch.zeros(num_inference_steps, device=device)
+        light = torch.tensor(lights, dtype=torch.float32, device=self._execution_device)
+        latents = self._start(latents, (len(lights), *object_latents.shape[1:]), generator)
+        step_sizes = self._set_steps(num_inference_steps, sigmas)
         told = self.unet.config.knows_step_size
         with self.progress_bar(total=len(step_sizes)) as progress_bar:
             for index, (timestep, step_size) in enumerate(zip(self.scheduler.timesteps, step_sizes, strict=True)):
@@ -210,23 +182,50 @@ class ShadowSDXLPipeline(ExportedPipeline):
                     light,
                     step_size.expand(len(latents)) if told else None,
                 ).sample
-                latents = self.scheduler.step(output, timestep, latents).prev_sample.to(dtype)
+                latents = self.scheduler.step(output, timestep, latents).prev_sample.to(latents.dtype)
                 if callback_on_step_end is not None:
                     tensors = {name: {"latents": latents}[name] for name in callback_on_step_end_tensor_inputs}
                     latents = callback_on_step_end(self, index, timestep, tensors).pop("latents", latents)
                 progress_bar.update()
 
-        if output_type == "latent":
-            maps = latents
-        else:
+        maps = latents
+        if output_type != "latent":
             maps = (self.decode(latents).float().clamp(0, 1) * intensity).clamp(max=1)
-            maps = [pictures[i].restore(shadow[None]) for i, shadow in zip(picture_of, maps, strict=True)]
-            if output_type == "pil":
-                maps = [to_image(shadow) for shadow in maps]
-            else:
-                maps = torch.cat(maps) if output_type == "pt" else torch.cat(maps)[:, 0].cpu().numpy()
+            maps = restore_maps(maps, [pictures[i] for i in picture_of], output_type)
         self.maybe_free_model_hooks()
         return ShadowSDXLPipelineOutput(images=maps) if return_dict else (maps,)
+
+    def _encode_objects(self, pictures: list[Picture], picture_of: list[int]) -> tuple[Tensor, Tensor]:
+        """The latents of objects and of masks, a row for each map; a picture is encoded once."""
+        device, dtype = self._execution_device, self.unet.dtype
+        mask_pixels = torch.stack([picture.mask for picture in pictures]).to(device)
+        object_latents = self.encode(torch.stack([picture.pixel_values for picture in pictures]).to(device))
+        mask_latents = torch.nn.functional.adaptive_avg_pool2d(mask_pixels, object_latents.shape[-2:])
+        rows = torch.tensor(picture_of, device=device)
+        return object_latents.to(dtype)[rows], mask_latents.to(dtype)[rows]
+
+    def _start(
+        self, latents: Tensor | None, shape: tuple[int, ...], generator: torch.Generator | list[torch.Generator] | None
+    ) -> Tensor:
+        """The noise that is given, checked, or else drawn."""
+        if latents is not None and tuple(latents.shape) != shape:
+            raise ValueError(f"`latents` must have shape {shape}, got {tuple(latents.shape)}")
+        if isinstance(generator, list) and len(generator) != shape[0]:
+            raise ValueError(f"`generator` must be one, or one per map: {shape[0]}, got {len(generator)}")
+        device, dtype = self._execution_device, self.unet.dtype
+        if latents is None:
+            latents = randn_tensor(shape, generator=generator, device=device, dtype=dtype)
+        return latents.to(device=device, dtype=dtype)
+
+    def _set_steps(self, num_inference_steps: int, sigmas: list[float] | None) -> Tensor:
+        """Set the scheduler's steps, and give the length of each in sigma, 0 in a diffusion."""
+        device = self._execution_device
+        if self.unet.config.prediction_type != "flow":
+            self.scheduler.set_timesteps(num_inference_steps, device=device)
+            return torch.zeros(num_inference_steps, device=device)
+        sigmas = sigmas or [1 - i / num_inference_steps for i in range(num_inference_steps)]
+        self.scheduler.set_timesteps(sigmas=sigmas, device=device)
+        return (self.scheduler.sigmas[:-1] - self.scheduler.sigmas[1:]).to(device)
 
     def encode(self, pixel_values: Tensor) -> Tensor:
         """Pictures (B, 3, H, W) in [-1, 1] -> scaled latents, the posterior's mode. In the VAE's own precision."""
@@ -324,6 +323,14 @@ def find_mask(image: Image.Image) -> Image.Image:
     border = np.concatenate([pixels[0], pixels[-1], pixels[:, 0], pixels[:, -1]])
     differs = np.abs(pixels - np.median(border, axis=0)).max(-1) > 25
     return Image.fromarray(differs.astype(np.uint8) * 255)
+
+
+def restore_maps(maps: Tensor, pictures: list[Picture], output_type: str) -> list[Image.Image] | np.ndarray | Tensor:
+    """Maps (B, 1, R, R) in [0, 1], each as large as its picture: `pil`, `np` (B, H, W) or `pt` (B, 1, H, W)."""
+    restored = [picture.restore(shadow[None]) for picture, shadow in zip(pictures, maps, strict=True)]
+    if output_type == "pil":
+        return [to_image(shadow) for shadow in restored]
+    return torch.cat(restored) if output_type == "pt" else torch.cat(restored)[:, 0].cpu().numpy()
 
 
 def to_image(shadow: Tensor) -> Image.Image:

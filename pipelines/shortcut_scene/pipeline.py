@@ -229,7 +229,8 @@ class ShortcutScenePipeline(ExportedPipeline):
         """At least float32: in half precision a pose would be off by millimetres after a few steps."""
         return torch.promote_types(torch.float32, self.transformer.dtype)
 
-    def _check_latents(self, latents: Sample, batch: int, num_slots: int) -> Sample:
+    def _check_latents(self, latents: Sample, counts: list[int]) -> Sample:
+        batch, num_slots = len(counts), max(counts)
         if not isinstance(latents, dict) or latents.keys() != self.modalities.keys():
             got = sorted(latents) if isinstance(latents, dict) else type(latents).__name__
             raise ValueError(f"`latents` must be a dict of {list(self.modalities)}, got {got}")
@@ -383,12 +384,8 @@ class ShortcutScenePipeline(ExportedPipeline):
             callback_on_step_end_tensor_inputs,
         )
         self.check_conditions(image, masks, pointmap, cond_tokens)
-        inputs = {
-            "image": split("image", image, 4),
-            "masks": split("masks", masks, 4),
-            "pointmap": split("pointmap", pointmap, 4),
-            "cond_tokens": split("cond_tokens", cond_tokens, 4),
-        }
+        inputs = {"image": image, "masks": masks, "pointmap": pointmap, "cond_tokens": cond_tokens}
+        inputs = {name: split(name, value, 4) for name, value in inputs.items()}
         num_objects = split("num_objects", num_objects, 1)
         objects = split("given", given, 0) if not isinstance(given, tuple) else None
         batch = max(len(x) for x in (*inputs.values(), num_objects, objects, [None]) if x is not None)
@@ -402,22 +399,16 @@ class ShortcutScenePipeline(ExportedPipeline):
         if isinstance(generator, list) and len(generator) != batch:
             raise ValueError(f"`generator` must be one, or one per scene: {batch}, got {len(generator)}")
         object_mask = object_rows(counts).to(device)
-        if latents is None:
-            noise = self._draw_noise(counts, generator)
-        else:
-            noise = self._check_latents(latents, batch, max(counts))
+        noise = self._draw_noise(counts, generator) if latents is None else self._check_latents(latents, counts)
         noise = {name: x * object_mask[..., None, None] for name, x in noise.items()}
         kept = None
         if given is not None:
             if objects is not None:
-                objects = expand("given", objects, batch // scenes_per_image)
-                given = [x for x in objects for _ in range(scenes_per_image)]
+                given = [
+                    x for x in expand("given", objects, batch // scenes_per_image) for _ in range(scenes_per_image)
+                ]
             kept = Kept(*self._gather_given(given, counts), noise, self.codec)
-
-        sigmas = [1 - i / num_inference_steps for i in range(num_inference_steps)]
-        sigmas = [shift * sigma / (1 + (shift - 1) * sigma) for sigma in sigmas]
-        self.scheduler.set_timesteps(sigmas=sigmas, device=device)
-        times = [1 - sigma for sigma in self.scheduler.sigmas.tolist()]
+        times = self._set_steps(num_inference_steps, shift)
         step_sizes = [after - before for before, after in itertools.pairwise(times)]
         self._warn(use_shortcut, step_sizes, guidance_scale)
         state = noise
@@ -425,10 +416,8 @@ class ShortcutScenePipeline(ExportedPipeline):
             for index, timestep in enumerate(self.scheduler.timesteps):
                 t, d = times[index], step_sizes[index] if use_shortcut else 0.0
                 first, last = guidance_interval
-                is_guided = guidance_scale != 1 and first - 1e-6 <= 1000 * t <= last + 1e-6
-                velocity = self._predict(
-                    state, t, d, object_mask, conditions, kept, guidance_scale if is_guided else 1.0, guidance_rescale
-                )
+                scale = guidance_scale if first - 1e-6 <= 1000 * t <= last + 1e-6 else 1.0
+                velocity = self._predict(state, t, d, object_mask, conditions, kept, scale, guidance_rescale)
                 state = self._step(velocity, index, state)
                 if kept is not None:
                     state = kept.put_back(state, times[index + 1])
@@ -439,10 +428,23 @@ class ShortcutScenePipeline(ExportedPipeline):
 
         raw = {name: x * object_mask[..., None, None] for name, x in self.codec.decode(state).items()}
         raw = raw if kept is None else kept.final(raw)
-        poses = read_poses(raw)
-        if output_type == "latent":
-            scenes = None
-        else:
+        output = self._collect(raw, object_mask, counts, output_type)
+        self.maybe_free_model_hooks()
+        return output if return_dict else (output.scenes, output.latents, output.poses)
+
+    def _set_steps(self, num_inference_steps: int, shift: float) -> list[float]:
+        """Set the scheduler's steps; their times t, from 0 to 1, of which there is one more."""
+        sigmas = [1 - i / num_inference_steps for i in range(num_inference_steps)]
+        sigmas = [shift * sigma / (1 + (shift - 1) * sigma) for sigma in sigmas]
+        self.scheduler.set_timesteps(sigmas=sigmas, device=self._execution_device)
+        return [1 - sigma for sigma in self.scheduler.sigmas.tolist()]
+
+    def _collect(
+        self, raw: Sample, object_mask: Tensor, counts: list[int], output_type: str
+    ) -> ShortcutScenePipelineOutput:
+        """What came out, modalities (B, N, tokens, channels) that are not standardised, as scenes."""
+        poses, scenes = read_poses(raw), None
+        if output_type != "latent":
             scenes = [{name: x[i, :count] for name, x in poses.items()} for i, count in enumerate(counts)]
             if self.vae is not None:
                 logits = self.decode_shapes(raw["shape"][object_mask])
@@ -450,10 +452,8 @@ class ShortcutScenePipeline(ExportedPipeline):
                     scene["logits"] = own
             if output_type == "trimesh":
                 scenes = [build_scene(**arrays) for arrays in scenes]
-        self.maybe_free_model_hooks()
         rows = [[{name: x[i, j] for name, x in poses.items()} for j in range(n)] for i, n in enumerate(counts)]
-        output = ShortcutScenePipelineOutput(scenes=scenes, latents=raw, poses=rows)
-        return output if return_dict else (output.scenes, output.latents, output.poses)
+        return ShortcutScenePipelineOutput(scenes=scenes, latents=raw, poses=rows)
 
     def _warn(self, use_shortcut: bool, step_sizes: list[float], guidance_scale: float) -> None:
         if not use_shortcut:

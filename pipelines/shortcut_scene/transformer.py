@@ -7,8 +7,8 @@ that network lacks is attention between objects: blocks of scope `scene` have it
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -68,6 +68,8 @@ class SceneShortcutTransformer(ModelMixin, ConfigMixin):
 
     _supports_gradient_checkpointing = True
     _no_split_modules = ("SceneBlock",)
+    begins_without_effect = ("scene_attention", "registers", "step_embedder")
+    """Parts of names: layers that the weights of an object-level model or a plain flow may lack."""
     _repeated_blocks = ("SceneBlock",)
 
     @register_to_config
@@ -99,31 +101,14 @@ class SceneShortcutTransformer(ModelMixin, ConfigMixin):
         time_scale: float = 1000.0,
     ):
         super().__init__()
-        _one_of("scene_attention", scene_attention, "pose", "full")
-        _one_of("condition", condition, "none", "image", "tokens")
-        _one_of("object_condition", object_condition, "shared", "mask", "slot")
-        for scope in attention_scope:
-            _one_of("attention_scope", scope, "object", "scene")
-        if not attention_scope:
-            raise ValueError("`attention_scope` is empty: name the scope of at least the first block")
-        if hidden_size % (2 * num_attention_heads) or hidden_size % 4:
-            raise ValueError(
-                f"`hidden_size` ({hidden_size}) must be a multiple of 4 and of 2 x `num_attention_heads` "
-                f"({num_attention_heads})"
-            )
-        if object_condition == "mask" and condition != "image":
-            raise ValueError(f"`object_condition` mask needs `condition` image, not {condition}")
+        _check_settings(scene_attention, condition, object_condition, attention_scope, hidden_size, num_attention_heads)
         scopes = [attention_scope[i % len(attention_scope)] for i in range(num_layers)]
-        side = round(shape_tokens ** (1 / 3))
-        if shape_patch_size < 1 or (shape_patch_size > 1 and (side**3 != shape_tokens or side % shape_patch_size)):
-            raise ValueError(f"`shape_patch_size` {shape_patch_size} does not divide {shape_tokens} tokens as a cube")
+        _check_patches(shape_tokens, shape_patch_size)
 
         width, joined = hidden_size, shape_patch_size**3
         self.widths = dict(sorted(POSES.items())) | (OPTIONAL_POSES if translation_scale else {})
-        self.shape_in, self.shape_out = (
-            nn.Linear(joined * shape_channels, width),
-            nn.Linear(width, joined * shape_channels),
-        )
+        self.shape_in = nn.Linear(joined * shape_channels, width)
+        self.shape_out = nn.Linear(width, joined * shape_channels)
         self.pose_in = nn.ModuleDict({name: nn.Linear(channels, width) for name, channels in self.widths.items()})
         self.pose_out = nn.ModuleDict({name: nn.Linear(width, channels) for name, channels in self.widths.items()})
         self.register_buffer("shape_positions", token_positions(shape_tokens // joined, width), persistent=False)
@@ -178,22 +163,6 @@ class SceneShortcutTransformer(ModelMixin, ConfigMixin):
     def is_scene_level(self) -> bool:
         """Whether objects see one another at all."""
         return any(block.scene_attention is not None for block in self.blocks)
-
-    def start_from(self, folder: str) -> None:
-        """Take the weights of a pipeline or network in `folder`; what it lacks begins without effect.
-
-        Lacking may be the layers between objects and the step size's embedder. ValueError names anything else.
-        """
-        subfolder = "transformer" if (Path(folder) / "model_index.json").is_file() else None
-        given = type(self).from_pretrained(folder, subfolder=subfolder)
-        try:
-            missing, unexpected = self.load_state_dict(given.state_dict(), strict=False)
-        except RuntimeError as error:
-            raise ValueError(f"{folder} has another shape: {str(error).splitlines()[1].strip()}") from error
-        new = ("scene_attention", "registers", "step_embedder")
-        foreign = [name for name in missing if not any(part in name for part in new)] + unexpected
-        if foreign:
-            raise ValueError(f"{folder} does not fit: {', '.join(foreign[:4])}")
 
     def _initialize(self) -> None:
         for module in self.modules():
@@ -523,6 +492,38 @@ def token_positions(num_tokens: int, width: int) -> Tensor:
     angles = (axes[..., None] * frequencies).flatten(1)
     positions = torch.cat([angles.sin(), angles.cos()], dim=1)
     return F.pad(positions, (0, width - positions.shape[1])).float()
+
+
+def _check_settings(
+    scene_attention: str,
+    condition: str,
+    object_condition: str,
+    attention_scope: Sequence[str],
+    hidden_size: int,
+    num_attention_heads: int,
+) -> None:
+    """ValueError for settings of SceneShortcutTransformer that are unknown or do not fit together."""
+    _one_of("scene_attention", scene_attention, "pose", "full")
+    _one_of("condition", condition, "none", "image", "tokens")
+    _one_of("object_condition", object_condition, "shared", "mask", "slot")
+    for scope in attention_scope:
+        _one_of("attention_scope", scope, "object", "scene")
+    if not attention_scope:
+        raise ValueError("`attention_scope` is empty: name the scope of at least the first block")
+    if hidden_size % (2 * num_attention_heads) or hidden_size % 4:
+        raise ValueError(
+            f"`hidden_size` ({hidden_size}) must be a multiple of 4 and of 2 x `num_attention_heads` "
+            f"({num_attention_heads})"
+        )
+    if object_condition == "mask" and condition != "image":
+        raise ValueError(f"`object_condition` mask needs `condition` image, not {condition}")
+
+
+def _check_patches(shape_tokens: int, shape_patch_size: int) -> None:
+    """ValueError unless patches divide the shape's tokens as a cube."""
+    side = round(shape_tokens ** (1 / 3))
+    if shape_patch_size < 1 or (shape_patch_size > 1 and (side**3 != shape_tokens or side % shape_patch_size)):
+        raise ValueError(f"`shape_patch_size` {shape_patch_size} does not divide {shape_tokens} tokens as a cube")
 
 
 def _one_of(name: str, value: str, *allowed: str) -> None:

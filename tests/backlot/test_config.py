@@ -207,7 +207,9 @@ def test_all_problems_are_listed_at_once(capsys, tmp_path):
 
 def test_a_missing_key_is_named(capsys):
     assert "training is required" in refusal(capsys)
-    assert "training.max_train_steps is required" in refusal(capsys, "--output_dir", "o", "--train_batch_size", "1")
+    assert "training: `max_train_steps` or `num_epochs` is required" in refusal(
+        capsys, "--output_dir", "o", "--train_batch_size", "1"
+    )
 
 
 def test_cross_field_checks_name_both_values(capsys):

@@ -232,19 +232,19 @@ def test_settings_that_do_not_fit_together_are_refused(tmp_path, data, capsys, o
 
 def test_what_is_wrong_with_data_or_model_is_one_line(tmp_path, data):
     same = [data[0], f"--data.validation_path={data[0].partition('=')[2]}"]
-    with pytest.raises(SystemExit, match=r"^data: .* share 10 objects"):
+    with runs.refused(r"^data: .* share 10 objects"):
         train(tmp_path / "run", *same)
-    with pytest.raises(SystemExit, match=r"^data: .*none"):
+    with runs.refused(r"^data: .*none"):
         train(tmp_path / "run", f"--data.path={tmp_path / 'none'}")
     for key, message in {
         "model.norm_num_groups=7": "num_channels",
         "data.image_size=15": "data.image_size 15 is no multiple",
         "data.image_size=12": "`sample_size` 6 cannot be halved 2 times",
     }.items():
-        with pytest.raises(SystemExit, match=f"^model: .*{message}"):
+        with runs.refused(f"^model: .*{message}"):
             train(tmp_path / key[:8], *data, f"--{key}")
     benchmark = write_tar(tmp_path / "benchmark.tar", "softness_control_", num_objects=3)
-    with pytest.raises(SystemExit, match=r"^data: .*evaluation data \(softness_control\), never to be trained on"):
+    with runs.refused(r"^data: .*evaluation data \(softness_control\), never to be trained on"):
         train(tmp_path / "run", f"--data.path={benchmark}")
 
 

@@ -208,17 +208,17 @@ def test_settings_out_of_range_are_refused(tmp_path, data, capsys, others, messa
 
 
 def test_what_is_wrong_with_data_or_model_is_one_line(tmp_path, data):
-    with pytest.raises(SystemExit, match=r"^data: split 'train' of .*none is missing"):
+    with runs.refused(r"^data: split 'train' of .*none is missing"):
         train(tmp_path / "run", f"--data.path={tmp_path / 'none'}")
     write_scenes(tmp_path / "large", {"train": 1, "val": 1}, resolution=16)
-    with pytest.raises(SystemExit, match=r"^data: the shapes in .*large have 16 cells a side, the model takes 8"):
+    with runs.refused(r"^data: the shapes in .*large have 16 cells a side, the model takes 8"):
         train(tmp_path / "run", f"--data.path={tmp_path / 'large'}")
     shutil.rmtree(tmp_path / "large/val")
-    with pytest.raises(SystemExit, match=r"^data: split 'val' of .*large is missing"):
+    with runs.refused(r"^data: split 'val' of .*large is missing"):
         train(tmp_path / "run", f"--data.path={tmp_path / 'large'}", "--model.sample_size=16")
-    with pytest.raises(SystemExit, match=r"^model: `sample_size` 10 must be a multiple of 4"):
+    with runs.refused(r"^model: `sample_size` 10 must be a multiple of 4"):
         train(tmp_path / "run", *data, "--model.sample_size=10")
-    with pytest.raises(SystemExit, match=r"^model: .*config.json"):
+    with runs.refused(r"^model: .*config.json"):
         train(tmp_path / "run", *data, f"--model.init_from={tmp_path}")
 
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import math
 from pathlib import Path
-from typing import Annotated, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from backlot.config import Section, Settings
+from backlot.config import Section, Settings, checked
 
 
 class TrainingConfig(Section):
@@ -18,8 +19,10 @@ class TrainingConfig(Section):
     """The run's folder: checkpoints, logs and, at its end, the pipeline."""
     seed: int = Field(0, ge=0, lt=2**63)
     """Data order, noise and augmentation are functions of it."""
-    max_train_steps: int = Field(gt=0)
+    max_train_steps: int | None = Field(None, gt=0)
     """Optimiser updates. A finished run goes on when this is raised."""
+    num_epochs: int | None = Field(None, gt=0)
+    """Passes over the data, in place of `max_train_steps`."""
     train_batch_size: int = Field(gt=0)
     """Samples per process and micro-batch."""
     gradient_accumulation_steps: int = Field(1, gt=0)
@@ -82,6 +85,8 @@ class TrainingConfig(Section):
 
     checkpointing_steps: int = Field(500, gt=0)
     """A checkpoint every so many updates, besides the one at the end."""
+    checkpointing_epochs: int | None = Field(None, gt=0)
+    """A checkpoint every so many passes over the data, in place of `checkpointing_steps`."""
     checkpoints_total_limit: int | None = Field(2, gt=0)
     """Keep this many valid checkpoints; null keeps all."""
     keep_every_n_steps: int | None = Field(None, gt=0)
@@ -101,7 +106,9 @@ class TrainingConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> TrainingConfig:
-        if self.lr_warmup_steps + self.lr_decay_steps > self.max_train_steps:
+        if self.max_train_steps is None and self.num_epochs is None:
+            raise ValueError("`max_train_steps` or `num_epochs` is required")
+        if self.num_epochs is None and self.lr_warmup_steps + self.lr_decay_steps > self.max_train_steps:
             raise ValueError(
                 f"`lr_warmup_steps` ({self.lr_warmup_steps}) and `lr_decay_steps` ({self.lr_decay_steps}) exceed "
                 f"`max_train_steps` ({self.max_train_steps})"
@@ -115,6 +122,8 @@ MAY_CHANGE = frozenset(
     for key in [
         "output_dir",
         "max_train_steps",
+        "num_epochs",
+        "checkpointing_epochs",
         "train_batch_size",
         "gradient_accumulation_steps",
         "dataloader_num_workers",
@@ -165,6 +174,16 @@ class RunConfig(Settings):
     may_change: ClassVar[frozenset[str]] = frozenset({"validation"})
     """Keys or sections of the script that a resumed run may change: where data lie, how it is validated."""
     training: TrainingConfig
+
+    def in_updates(self, num_samples: int, num_processes: int) -> Self:
+        """With passes over the data counted in updates, now that its length is known; then all is checked again."""
+        training = self.training
+        updates = num_samples / (training.train_batch_size * training.gradient_accumulation_steps * num_processes)
+        passes = {"max_train_steps": training.num_epochs, "checkpointing_steps": training.checkpointing_epochs}
+        counted: dict = {key: math.ceil(value * updates) for key, value in passes.items() if value}
+        if not counted:
+            return self
+        return checked(self, {"training": {**counted, "num_epochs": None, "checkpointing_epochs": None}})
 
     @model_validator(mode="after")
     def _check_changes(self) -> RunConfig:

@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 import torch
 from torch import Tensor, nn
 
-from trainers.common.sharding import local, state_tensors
+from trainers.common.sharding import give_back, local, state_tensors
 
 
 class EMA:
@@ -43,8 +43,9 @@ class EMA:
         shared = [*network.parameters(), *network.buffers()] if trained is not network else []
         owned = {id(buffer) for buffer in trained.buffers()} | copied
         memo = {id(tensor): tensor for tensor in shared if id(tensor) not in owned}
-        self.model = copy.deepcopy(network, memo).eval()
-        self.part = memo[id(trained)]
+        # together, since a part made of pieces of the network is not in it
+        self.model, self.part = copy.deepcopy((network, trained), memo)
+        self.model.eval()
         self.part.requires_grad_(False)
 
     def __call__(self, *args, **kwargs):
@@ -122,6 +123,7 @@ class SwappedEMA(EMA):
         return [self._averages.get(name, buffer) for name, buffer in self.part.named_buffers()]
 
     def _swap(self) -> None:
+        give_back(self.model)  # a block that is still gathered would be used as it is
         # by `.data`: what autograd has saved of the live weights stays valid, they are back before it is used
         for mine, theirs in zip(local(self._weights()), local(self.part.parameters()), strict=True):
             kept = theirs.data.clone()

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from accelerate import Accelerator, DistributedType
+from accelerate import Accelerator, DistributedType, PartialState
 from accelerate.utils import DistributedDataParallelKwargs
 
 from backlot.command_line import EXIT_INPUT, leave
@@ -20,6 +20,7 @@ from trainers.common.run_dir import RunFolder
 from trainers.common.sharding import Sharding
 from trainers.common.signals import StopSignal, follow_launcher
 from trainers.common.tracking import check_trackers
+from trainers.common.zero import Zero, read_zero
 
 SUPPORTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
 logger = logging.getLogger(__name__)
@@ -34,6 +35,7 @@ class Launch:
     stop: StopSignal
     precision: Precision
     sharding: Sharding | None
+    zero: Zero | None
 
 
 def create_accelerator(config: RunConfig) -> Accelerator:
@@ -58,7 +60,7 @@ def create_accelerator(config: RunConfig) -> Accelerator:
     stop = StopSignal(processes)
     folder = RunFolder(config, processes)
     precision = Precision(request.mixed_precision, accelerator.device)
-    accelerator.launch = Launch(folder, processes, stop, precision, request.sharding)
+    accelerator.launch = Launch(folder, processes, stop, precision, request.sharding, request.zero)
     return accelerator
 
 
@@ -69,6 +71,7 @@ class Request:
     num_processes: int
     mixed_precision: str
     sharding: Sharding | None
+    zero: Zero | None = None
 
 
 def read_request(environment: Mapping[str, str], training: TrainingConfig) -> Request:
@@ -86,27 +89,30 @@ def read_request(environment: Mapping[str, str], training: TrainingConfig) -> Re
         if asked(name):
             raise ValueError(f"the launch configuration asks for {what} ({name}={environment[name]}): {instead}")
     steps = asked("ACCELERATE_GRADIENT_ACCUMULATION_STEPS")
-    if steps and int(steps) not in (1, training.gradient_accumulation_steps):
+    if steps not in ("", "1", str(training.gradient_accumulation_steps)):
         raise ValueError(
             f"the launch configuration sets gradient_accumulation_steps {steps}, the run "
             f"{training.gradient_accumulation_steps}: leave it out of the launch configuration"
         )
     launched = environment.get("ACCELERATE_MIXED_PRECISION", "no").lower()
+    if launched not in DTYPES:
+        raise ValueError(f"mixed precision {launched} is not supported: use one of {', '.join(DTYPES)}")
     precision = training.mixed_precision or launched
-    if precision not in DTYPES:
-        raise ValueError(f"mixed precision {precision} is not supported: use one of {', '.join(DTYPES)}")
     processes = int(environment.get("WORLD_SIZE", 1))
     expected = training.expected_processes or processes
     if processes != expected:
         raise ValueError(f"training.expected_processes is {expected}, the launch configuration starts {processes}")
     sharding = read_sharding(environment) if asked("ACCELERATE_USE_FSDP") else None
-    if sharding is not None and processes < 2:
-        raise ValueError("FSDP needs at least two processes: choose a launch configuration of one process without it")
-    return Request(processes, precision, sharding)
+    zero = read_zero(environment, training, precision) if asked("ACCELERATE_USE_DEEPSPEED") else None
+    for name, cut in {"FSDP": sharding, "DeepSpeed": zero}.items():
+        if cut is not None and processes < 2:
+            raise ValueError(
+                f"{name} needs at least two processes: choose a launch configuration of one process without it"
+            )
+    return Request(processes, precision, sharding, zero)
 
 
 REFUSED = {
-    "ACCELERATE_USE_DEEPSPEED": ("DeepSpeed", "use one of the fsdp2 presets"),
     "ACCELERATE_USE_MEGATRON_LM": ("Megatron-LM", "use DDP or FSDP2"),
     "ACCELERATE_USE_PARALLELISM_CONFIG": ("a parallelism_config", "use DDP or FSDP2"),
     "ACCELERATE_DYNAMO_BACKEND": ("torch.compile (dynamo_backend)", "set training.torch_compile instead"),
@@ -162,10 +168,12 @@ def read_sharding(environment: Mapping[str, str]) -> Sharding:
 def start(request: Request, training: TrainingConfig) -> Accelerator:
     """Accelerate itself: devices, processes and DDP. Precision and sharding are ours (trainers/common), so that CPU and
     GPU take the same path."""
-    # It would wrap networks itself on a GPU, and train DDP in silence on a CPU.
-    os.environ.pop("ACCELERATE_USE_FSDP", None)
     # Several processes on a machine without GPUs: Accelerate would run as many strangers to one another.
     on_cpu = request.num_processes > 1 and not torch.accelerator.is_available()
+    PartialState(cpu=on_cpu)  # shares that are offloaded need a process group for the host too: it still sees FSDP
+    # It would wrap networks itself on a GPU, and train DDP in silence on a CPU.
+    for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"):
+        os.environ.pop(name, None)
     accelerator = Accelerator(
         gradient_accumulation_steps=training.gradient_accumulation_steps,
         mixed_precision="no",
@@ -179,6 +187,6 @@ def start(request: Request, training: TrainingConfig) -> Accelerator:
         )
     if accelerator.distributed_type not in SUPPORTED:
         raise leave(
-            EXIT_INPUT, f"refused: {accelerator.distributed_type} is not supported: use one process, DDP or FSDP2"
+            EXIT_INPUT, f"refused: {accelerator.distributed_type} is not supported: use one process, DDP, FSDP2 or ZeRO"
         )
     return accelerator

@@ -25,6 +25,7 @@ from diffusers import DiffusionPipeline, ModelMixin
 from PIL import Image
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.data import Dataset
 from tqdm import tqdm
@@ -37,21 +38,21 @@ from trainers.common.attention import configure_network
 from trainers.common.config import RunConfig
 from trainers.common.ema import EMA, SwappedEMA
 from trainers.common.guard import Guard
-from trainers.common.launch import Launch, create_accelerator
+from trainers.common.launch import Launch
 from trainers.common.loader import StreamSampler, abandon_workers, create_loader
 from trainers.common.meter import Meter
-from trainers.common.optimization import create_lr_scheduler, create_optimizer, set_schedule_step
+from trainers.common.optimization import base_learning_rate, create_lr_scheduler, create_optimizer, set_schedule_step
 from trainers.common.rescue import Rescue
 from trainers.common.resume import Resumption, best_of, choose_checkpoint, describe_state
 from trainers.common.run_dir import export_pipeline
 from trainers.common.saving import Saver, Snapshot
-from trainers.common.sharding import local, skeleton, state_tensors, whole
+from trainers.common.sharding import fill_skeleton, local, skeleton, state_tensors, whole
 from trainers.common.signals import GRACE, StopRequested
-from trainers.common.state import all_finite, checksum, frozen_tensors, optimizer_state, snapshot
+from trainers.common.state import all_finite, checksum, frozen_tensors, optimizer_state
 from trainers.common.tracking import TRACKERS, Tracking, read_rows
 from trainers.common.validation import Measured, Validation
+from trainers.common.zero import Engine
 
-__all__ = ["TrainingRun", "create_accelerator"]
 logger = logging.getLogger(__name__)
 
 
@@ -87,6 +88,8 @@ class TrainingRun:
         modules: dict[str, nn.Module] | None = None,
     ):
         launch: Launch = accelerator.launch
+        if config.training.max_train_steps is None:
+            raise ValueError("`config` counts in epochs: call its `in_updates` first")
         self.accelerator, self.config, self.training = accelerator, config, config.training
         self.folder, self.processes, self.stop, self.precision = (
             launch.folder,
@@ -98,9 +101,10 @@ class TrainingRun:
         self.dataset, self.order = dataset, order or DataOrder(len(dataset), self.training.seed)
         self.step = self.consumed_samples = 0
         self.resumed_plan: int | None = None
-        self.is_sharded = launch.sharding is not None
+        self.is_sharded = launch.sharding is not None or launch.zero is not None
+        self.zero: Engine | None = None
         self.rescue = Rescue(self)
-        self._saver = Saver(self.run_dir, self.processes, self.is_sharded, self.training)
+        self._saver = Saver(self.run_dir, self.processes, launch.sharding is not None, self.training)
         self._micro_step, self._nonfinite = 0, 0
         self._weight: Tensor | None = None
         self._loss_is_bad: Tensor | float = 0.0
@@ -126,27 +130,38 @@ class TrainingRun:
             model = model.to(device)  # a sharded one goes there block by block
         self.network = configure_network(model, training, precision.dtype, device)
         self.trained = self.network if trained is None else trained
+        for _, tensor in frozen_tensors(self.network, self.trained):
+            tensor.requires_grad_(False)  # else each would get a gradient that nobody uses
         self._frozen = None if trained is None else checksum(frozen_tensors(self.network, self.trained))
-        self._skeleton = skeleton(self.trained) if launch.sharding else None
+        self._skeleton = skeleton(self.trained) if self.is_sharded else None
         self._modules = {name: module if launch.sharding else module.to(device) for name, module in modules.items()}
         settings = (training.ema_decay, training.ema_ramp, precision.autocast)
         # the average of a part shares the rest with the live network, and two sharded networks cannot share
         swapped = launch.sharding is not None and trained is not None
-        self.ema = EMA(self.network, *settings, self.trained) if training.use_ema and not swapped else None
+        self._is_cut = launch.zero is not None and launch.zero.stage == 3
+        if self._is_cut and modules:
+            raise ValueError(f"{', '.join(modules)}: further networks do not go with ZeRO-3; use ZeRO-2, DDP or FSDP2")
+        copied = training.use_ema and not swapped and not self._is_cut
+        self.ema = EMA(self.network, *settings, self.trained) if copied else None
         precision.prepare(self.network)
         if launch.sharding:
             copies = [] if self.ema is None else [self.ema.model]
             for network in (self.network, *copies, *self._modules.values()):
-                launch.sharding.apply(network, precision)
+                launch.sharding.apply(network, precision, trains=network is self.network)
             if training.use_ema and swapped:
                 self.ema = SwappedEMA(self.network, *settings, self.trained)
             self.model = self.network
-        else:
+        elif not launch.zero:
             self.model = self.accelerator.prepare_model(self.network)
         if training.torch_compile:
             for network in (self.network, *([self.ema.model] if self.ema else []), *self._modules.values()):
                 network.compile()
         self.optimizer = create_optimizer(self.trained, training)
+        if launch.zero:
+            self.zero = launch.zero.start(self.network, self.trained, self.optimizer, training)
+            self.model = self.zero.model
+            if training.use_ema and self._is_cut:
+                self.ema = self.zero.average(*settings, self.network)
         self.model.train()
         # Never prepared: Accelerate would step it once per process.
         self.lr_scheduler = create_lr_scheduler(self.optimizer, training)
@@ -207,12 +222,15 @@ class TrainingRun:
         resumption = Resumption(checkpoint)
         try:
             state = resumption.check(self.config, self._identity())
-            resumption.load("model", dict(state_tensors(self.trained)))
-            if self.ema is not None:
-                resumption.load("ema", self.ema.tensors())
             for name, module in self._modules.items():
                 resumption.load(name, dict(state_tensors(module)))
-            resumption.load_optimizer(self.optimizer, self._names())
+            if self.zero is not None:
+                self.zero.load(checkpoint, self.ema)
+            else:
+                resumption.load("model", dict(state_tensors(self.trained)))
+                if self.ema is not None:
+                    resumption.load("ema", self.ema.tensors())
+                resumption.load_optimizer(self.optimizer, self._names())
         except (ValueError, OSError, KeyError, SafetensorError) as error:
             raise self.refuse(f"cannot resume from {checkpoint}: {error}") from error
         if self.precision.scale is not None and state["loss_scale"]:
@@ -277,7 +295,9 @@ class TrainingRun:
     def accumulate(self) -> Iterator[None]:
         """Around one micro-batch: gradients are synchronised only at the last one of an update."""
         is_last = self._micro_step + 1 == self.training.gradient_accumulation_steps
-        if self.is_sharded:
+        if self.zero is not None:
+            self.model.set_gradient_accumulation_boundary(is_last)
+        elif self.is_sharded:
             self.model.set_requires_gradient_sync(is_last)
         holds = not is_last and isinstance(self.model, DistributedDataParallel)
         with self.rescue, self.model.no_sync() if holds else nullcontext():
@@ -302,8 +322,9 @@ class TrainingRun:
             self._weight = weight if self._weight is None else self._weight + weight
             share, logged = 1.0, torch.stack([detached.float(), weight])
         # A non-finite loss makes every gradient NaN, on every process, whatever its own gradient was.
-        sound = torch.where(torch.isfinite(detached), share, torch.nan)
-        (loss * (sound if scale is None else sound * scale.value)).backward()
+        sound = torch.where(torch.isfinite(logged).all(), share, torch.nan)
+        loss = loss * (sound if scale is None else sound * scale.value)
+        loss.backward() if self.zero is None else self.zero.backward(loss)
         self._meter.add({"loss": logged, **(metrics or {})})
         if scale is not None:
             self._loss_is_bad = self._loss_is_bad + (~torch.isfinite(detached)).float()
@@ -313,9 +334,8 @@ class TrainingRun:
 
     def _complete_update(self) -> None:
         with self.rescue.unsound():
-            grad_norm = self._gradient_norm()
-            learning_rate = self.lr_scheduler.get_last_lr()[0]
-            self._step_unless_nonfinite(grad_norm)
+            learning_rate = base_learning_rate(self.lr_scheduler, self.training)
+            grad_norm = self._step() if self.zero is None else self._zero_step()
             self.lr_scheduler.step()
             self.optimizer.zero_grad(set_to_none=True)
             if self.ema is not None:
@@ -323,7 +343,8 @@ class TrainingRun:
             self.step += 1
             self.consumed_samples += self.samples_per_update
             self._meter.add_update(grad_norm)
-        if self.is_due(self.training.logging_steps) or self.accelerator.device.type == "cpu":
+        # here the host knows already, or need not wait for the device
+        if self.is_due(self.training.logging_steps) or self.accelerator.device.type == "cpu" or self.zero is not None:
             self._report_nonfinite()
         if self.is_due(self.training.logging_steps):
             self._log(learning_rate)
@@ -332,16 +353,33 @@ class TrainingRun:
         if self._progress is not None:
             self._progress.update()
 
+    def _step(self) -> Tensor:
+        grad_norm = self._gradient_norm()
+        self._step_unless_nonfinite(grad_norm)
+        return grad_norm
+
+    def _zero_step(self) -> Tensor:
+        grad_norm = self.zero.step(self._mean_weight())
+        bad = (~torch.isfinite(grad_norm)).float()
+        self._guard.judge(bad, bad, self.step)  # DeepSpeed has left the update out by itself
+        return grad_norm
+
+    def _mean_weight(self) -> Tensor | None:
+        """Of the update, per process: DDP, FSDP2 and ZeRO divide by their number; None without weights."""
+        if self._weight is None:
+            return None
+        weight, self._weight = self.accelerator.reduce(self._weight, "sum"), None
+        return torch.where(weight > 0, weight, 1.0) / self.processes.count
+
     def _gradient_norm(self) -> Tensor:
         """Undo scales and weights, clip; the norm before that, over all processes."""
         factor = None if self.precision.scale is None else 1 / self.precision.scale.value
-        if self._weight is not None:
-            # DDP and FSDP2 have divided by the number of processes
-            weight = self.accelerator.reduce(self._weight, "sum")
-            mean = self.processes.count / torch.where(weight > 0, weight, 1.0)
-            factor, self._weight = mean if factor is None else factor * mean, None
+        weight = self._mean_weight()
+        if weight is not None:
+            factor = 1 / weight if factor is None else factor / weight
         if factor is not None:
-            torch._foreach_mul_(local(p.grad for p in self._parameters), factor)
+            grads = local(p.grad for p in self._parameters)
+            torch._foreach_mul_(grads, factor.to(grads[0].device))  # offloaded ones are on the host
         limit = self.training.max_grad_norm or float("inf")
         norm = torch.nn.utils.clip_grad_norm_(self._parameters, limit, foreach=True)
         return whole(norm).detach().to(self.accelerator.device)
@@ -419,11 +457,14 @@ class TrainingRun:
         raise self._left(EXIT_NONFINITE, f"{what}; last checkpoint: {newest or 'none'}")
 
     def _tensors(self) -> tuple[dict[str, dict[str, Tensor]], dict[str, dict]]:
-        """The state by part (model, ema, optimizer, ...), and the optimiser's values that are no tensors."""
-        tensors = {"model": dict(state_tensors(self.trained))}
+        """The state by part, and what of the optimiser's is not a tensor; called by all processes."""
+        tensors = {name: dict(state_tensors(module)) for name, module in self._modules.items()}
+        if self.zero is not None:
+            averages = {} if self.ema is None else {"ema": self.zero.weights(self.ema)}
+            return tensors | {"model": self.zero.weights()} | averages | {"optimizer": self.zero.moments()}, {}
+        tensors["model"] = dict(state_tensors(self.trained))
         if self.ema is not None:
             tensors["ema"] = self.ema.tensors()
-        tensors |= {name: dict(state_tensors(module)) for name, module in self._modules.items()}
         tensors["optimizer"], values = optimizer_state(self.optimizer, self._names())
         return tensors, values
 
@@ -474,7 +515,7 @@ class TrainingRun:
         self, tensors: dict[str, dict[str, Tensor]], values: dict[str, dict], alone: bool = False
     ) -> Snapshot:
         """A copy of the state in host memory."""
-        parts = {part: snapshot(named, self.processes.is_main) for part, named in tensors.items()}
+        parts = self._saver.copy(tensors, alone)
         state = self._identity() | {
             "step": self.step,
             "consumed_samples": self.consumed_samples,
@@ -539,19 +580,22 @@ class TrainingRun:
 
     def _with_whole_weights(self, pipeline: DiffusionPipeline | ModelMixin) -> DiffusionPipeline | ModelMixin:
         """The same with gathered weights in place of this process's shares; called by all processes."""
-        tensors = dict(state_tensors(self.trained)) if self.ema is None else self.ema.tensors()
-        is_main, gathered = self.processes.is_main, {}
+        if self.zero is None:
+            tensors = dict(state_tensors(self.trained)) if self.ema is None else self.ema.tensors()
+        else:
+            tensors = self.zero.weights(self.ema)  # gathered already, where they are not nothing
         for name, tensor in tensors.items():
             full = whole(tensor)  # all processes take part, one tensor at a time
-            if is_main:
-                gathered[name] = full.detach().cpu()
-        if not is_main:
-            return pipeline
-        self._skeleton.load_state_dict(gathered, assign=True, strict=False)
+            if self.processes.is_main:
+                fill_skeleton(self._skeleton, name, full.detach().cpu())
         if not isinstance(pipeline, DiffusionPipeline):
             return self._skeleton
-        own = [name for name, part in pipeline.components.items() if part in (self.inference_model, self.trained)]
-        pipeline.register_modules(**dict.fromkeys(own, self._skeleton))
+        own = self.trained if self.ema is None else self.ema.part
+        for name, part in pipeline.components.items():
+            if part is own:
+                pipeline.register_modules(**{name: self._skeleton})
+            elif isinstance(part, FSDPModule) or (self._is_cut and part is self.network):
+                raise TypeError(f"the pipeline's {name} is a sharded base: finish with the part that trains")
         return pipeline
 
     def end_early(self, alone: bool = False) -> None:

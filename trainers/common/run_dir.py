@@ -17,7 +17,7 @@ from diffusers import DiffusionPipeline, ModelMixin
 from backlot import command_line
 from backlot.command_line import EXIT_CRASH, EXIT_INPUT, leave
 from backlot.config import dump_config
-from backlot.files import LockedError, lock, publish, write_file, write_json
+from backlot.files import LockedError, lock, write_file, write_json
 from trainers.common.checkpoints import discard, list_checkpoints
 from trainers.common.config import RunConfig
 from trainers.common.processes import Processes
@@ -124,11 +124,9 @@ class RunFolder:
     def write_exit(self, code: int) -> None:
         """Say how the run ended: launchers return 1 for every code but 0. A crash of any process is never made good."""
         path = self.path / EXIT_NAME
-        temporary = path.with_name(f"{EXIT_NAME}.{os.getpid()}.tmp")  # several processes may end at once
         try:
             if not (path.exists() and path.read_text().strip() == json.dumps({"code": EXIT_CRASH})):
-                temporary.write_text(json.dumps({"code": code}) + "\n", encoding="utf-8")
-                publish(temporary, path)
+                write_file(path, json.dumps({"code": code}) + "\n")
         except OSError as error:  # a full disk must not hide why the run ends
             logger.warning("%s could not be written: %s", path, error)
 

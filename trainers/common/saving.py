@@ -1,7 +1,8 @@
 """Writing checkpoints, in the way of the training or beside it.
 
 What is saved is first copied to host memory; from there a thread writes, hashes and flushes it while the next updates
-are made. At most one save is under way, and whoever needs it done waits for it and hears of its error.
+are made. That memory is kept for the next save. At most one save is under way, and whoever needs it done waits for it
+and hears of its error.
 """
 
 from __future__ import annotations
@@ -16,12 +17,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from safetensors import SafetensorError
+from torch import Tensor
 
 from backlot.files import write_json
 from trainers.common import checkpoints
 from trainers.common.config import TrainingConfig
 from trainers.common.processes import Processes
-from trainers.common.state import Rows, write
+from trainers.common.sharding import local
+from trainers.common.state import Rows, snapshot, write
 
 STATE_NAME = "run_state.json"
 WORTH_A_THREAD = 64 * 2**20
@@ -62,9 +65,26 @@ class Saver:
         self.beside = training.async_checkpoints
         self.saved: set[Path] = set()
         """Written, or verified, by this process: not read again."""
+        self._memory: dict[str, dict[str, Tensor]] = {}
         self._under_way: Path | None = None
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
+
+    def copy(self, tensors: dict[str, dict[str, Tensor]], alone: bool = False) -> dict[str, dict[str, Rows]]:
+        """Host copies of this process's share of each part, for a `Snapshot`; called as `save` is, which comes next.
+
+        Raises:
+            OSError: the save before this one failed.
+        """
+        self.wait()  # it is written from the same memory
+        if self.beside is None and not alone:
+            nbytes = sum(tensor.nbytes for part in tensors.values() for tensor in local(part.values()))
+            self.beside = self.processes.any(nbytes >= WORTH_A_THREAD)
+        is_main = self.processes.is_main
+        return {
+            part: snapshot(named, is_main, self._memory.setdefault(part, {}) if self.beside else None)
+            for part, named in tensors.items()
+        }
 
     def save(self, snapshot: Snapshot, alone: bool = False) -> None:
         """Make `checkpoint-<step>` of a snapshot; called by all processes, or by the main one `alone` in an emergency.
@@ -73,8 +93,6 @@ class Saver:
             OSError: the disk is full or failing; the message says how much is needed.
         """
         self.wait()
-        if self.beside is None:
-            self.beside = self.processes.any(snapshot.nbytes >= WORTH_A_THREAD) if not alone else False
         if self.processes.is_main:
             self._check_space(snapshot)
             checkpoints.begin(self.run_dir, snapshot.step)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
@@ -30,16 +30,23 @@ class Sharding:
     offload: bool = False
     """Keep shares in host memory and move them for each block."""
 
-    def apply(self, network: nn.Module, precision: Precision) -> nn.Module:
-        """Cut `network` in place. Its trainable weights may have one type and its frozen ones another."""
+    def apply(self, network: nn.Module, precision: Precision, trains: bool = True) -> nn.Module:
+        """Cut `network` in place. Its trainable weights may have one type and its frozen ones another.
+
+        Args:
+            trains: a backward pass follows each forward pass and gives blocks back. Averages and teachers have none:
+                theirs are given back at once, whatever `reshard_after_forward` says.
+        """
         mesh = self.mesh(precision.device)
-        dtype = None if precision.name == "no" else precision.dtype
+        # Gathered in the precision they are used in: autocast would keep a copy of every weight for the backward pass.
+        # Only GPUs have normalisation layers of one type over weights of another; a CPU gathers float32.
+        dtype = None if precision.name == "no" or mesh.device_type == "cpu" else precision.dtype
         settings = {
             "mesh": mesh,
-            "reshard_after_forward": self.reshard_after_forward,
+            "reshard_after_forward": self.reshard_after_forward or not trains,
             # Inputs keep their precision: bf16 cannot tell neighbouring times apart. Autocast converts where it is due.
             "mp_policy": MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False),
-            "offload_policy": CPUOffloadPolicy() if self.offload else OffloadPolicy(),
+            "offload_policy": CPUOffloadPolicy() if self.offload and mesh.device_type != "cpu" else OffloadPolicy(),
         }
         names = self.blocks or tuple(getattr(network, "_no_split_modules", None) or ())
         blocks = [module for module in network.modules() if type(module).__name__ in names and module is not network]
@@ -53,6 +60,13 @@ class Sharding:
     @staticmethod
     def mesh(device: torch.device) -> DeviceMesh:
         return init_device_mesh(device.type, (torch.distributed.get_world_size(),))
+
+
+def give_back(network: nn.Module) -> None:
+    """Free whatever blocks are still gathered: from now on all weights are this process's shares."""
+    for module in network.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def local(tensors: Iterable[Tensor | None]) -> list[Tensor]:
@@ -81,6 +95,16 @@ def skeleton(network: nn.Module) -> nn.Module:
         for parameter in network.parameters()
     }
     return copy.deepcopy(network, memo)
+
+
+@torch.no_grad()
+def fill_skeleton(network: nn.Module, name: str, values: Tensor) -> None:
+    """Give one weight or buffer of a `skeleton` its values, wherever in it the weight is used."""
+    held = dict(state_tensors(network))[name]
+    if isinstance(held, nn.Parameter):
+        torch.utils.swap_tensors(held, nn.Parameter(values, requires_grad=False))
+    else:
+        held.copy_(values)
 
 
 def state_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -18,6 +18,7 @@ from backlot.samples import SampleKey
 from trainers.common.precision import Precision
 from trainers.common.processes import Processes
 from trainers.common.rescue import Rescue
+from trainers.common.sharding import give_back
 from trainers.common.signals import StopRequested, StopSignal
 
 Measured = tuple[dict[str, float], dict[str, Image.Image]]
@@ -117,6 +118,8 @@ class Validation:
                 return "stopped", {}
             finally:
                 model.train(was_training)
+                if run.is_sharded:
+                    give_back(model)
 
     def _interruptible(self) -> AbstractContextManager:
         # the processes of a sharded network measure in step: none may leave alone

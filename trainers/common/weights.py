@@ -17,6 +17,7 @@ from transformers.utils import SAFE_WEIGHTS_NAME as ENCODER_WEIGHTS_NAME
 
 from backlot.files import read_json
 from trainers.common import checkpoints
+from trainers.common.state import Part
 
 FILES = (SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME, ENCODER_INDEX_NAME, ENCODER_WEIGHTS_NAME)
 PICKLED = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -82,11 +83,11 @@ def read_checkpoint(checkpoint: Path, weights: str) -> dict[str, Tensor]:
     problems = checkpoints.verify(checkpoint)
     if problems:
         raise ValueError(f"{checkpoint} is damaged: {'; '.join(problems)}")
-    file = checkpoint / f"{weights}.safetensors"
-    if weights == "ema" and not file.is_file():
+    if weights == "ema" and not list(checkpoint.glob("ema*.safetensors")):
         logger.info("%s holds no moving average: its live weights are taken", checkpoint)
-        file = checkpoint / "model.safetensors"
-    return _read_file(file)
+        weights = "model"
+    with Part(checkpoint, weights) as stored:
+        return {name: stored.read(name) for name in stored.names()}
 
 
 def _read(path: Path, part: str, weights: str) -> dict[str, Tensor]:
