@@ -176,11 +176,14 @@ class TrainingRun:
         self.restart_clock()
 
     def _load(self, checkpoint: Path) -> None:
+        state, problem = {}, None
         try:
             state = read_state(checkpoint, self.config, self._identity())
             self.networks.load(checkpoint, state["optimizer"])
         except (ValueError, OSError, KeyError, SafetensorError) as error:
-            raise self.refuse(f"cannot resume from {checkpoint}: {error}") from error
+            problem = f"cannot resume from {checkpoint}: {error}"
+        if self.processes.any(problem is not None):  # all leave, or none
+            raise self.refuse(problem or f"another process cannot resume from {checkpoint}")
         if self.precision.scale is not None and state["loss_scale"]:
             self.precision.scale.load(state["loss_scale"])
         self.step, self.consumed_samples = state["step"], state["consumed_samples"]

@@ -9,8 +9,10 @@ import logging
 import os
 import platform
 import subprocess
+import sys
 import time
 from pathlib import Path
+from types import TracebackType
 
 from diffusers import DiffusionPipeline, ModelMixin
 
@@ -60,6 +62,8 @@ class RunFolder:
             self.check(config)  # the one that has just ended may have left something
             (self.path / EXIT_NAME).unlink(missing_ok=True)
             atexit.register(self._at_exit)
+        else:
+            self._excepthook, sys.excepthook = sys.excepthook, self._on_crash
         processes.wait()
 
     @staticmethod
@@ -135,7 +139,15 @@ class RunFolder:
         if self.path.is_dir() and self._lock is not None:
             self.write_exit(EXIT_CRASH if command_line.left_with is None else command_line.left_with)
 
+    def _on_crash(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+        """An exception of another process than the main one, which would take its going for a stop."""
+        if self.path.is_dir():
+            self.write_exit(EXIT_CRASH)
+        self._excepthook(kind, error, trace)
+
     def release(self) -> None:
+        if not self.is_main:
+            sys.excepthook = self._excepthook
         if self._lock is not None:
             atexit.unregister(self._at_exit)
             self._lock.close()
