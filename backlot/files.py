@@ -70,7 +70,7 @@ def lock(path: Path) -> IO[str]:
     file = path.open("a+", encoding="utf-8")
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
+    except (BlockingIOError, PermissionError):  # POSIX allows either
         file.seek(0)
         holder = file.read().strip() or "unknown"
         file.close()

@@ -74,7 +74,7 @@ def diffusion_loss(
         alphas_cumprod: (T,) squares of alpha; sigma^2 = 1 - alpha^2.
     """
     timesteps = ((sigmas * len(alphas_cumprod)).ceil().long() - 1).clamp(min=0)
-    alphas_cumprod = alphas_cumprod.to(data.device)[timesteps]
+    alphas_cumprod = alphas_cumprod.to(data.device, non_blocking=True)[timesteps]
     alpha, sigma = per_row(alphas_cumprod.sqrt(), data), per_row((1 - alphas_cumprod).sqrt(), data)
     noisy = alpha * data + sigma * noise
     output = network(noisy, timesteps, conditions)

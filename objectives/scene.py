@@ -85,7 +85,9 @@ def draw(
         rows=torch.arange(batch, device=device),
         num_bootstrap=count,
         guidable=guided,
-        queried=(queried[:, None].expand(-1, shape[1]) if config.independent_t else queried).to(device),
+        queried=(queried[:, None].expand(-1, shape[1]) if config.independent_t else queried).to(
+            device, non_blocking=True
+        ),
         guided=torch.ones(len(guided), dtype=torch.bool, device=device),
         guided_modalities=None if partial else tuple(config.cfg_modalities),
     )
@@ -197,7 +199,7 @@ def describe_errors(
     metrics = {}
 
     def add(name: str, values: Tensor) -> None:
-        metrics[name] = torch.stack([values.sum(), values.new_tensor(len(values))])
+        metrics[name] = torch.stack([values.sum(), values.new_full((), len(values))])
 
     for kind, part in (("self_consistency_loss", slice(0, count)), ("flow_matching_loss", slice(count, None))):
         add(kind, total[part].detach())

@@ -213,7 +213,7 @@ def test_a_missing_key_is_named(capsys):
 
 
 def test_cross_field_checks_name_both_values(capsys):
-    text = refusal(capsys, "--config", str(TINY), "--lr_warmup_steps", "21")
+    text = refusal(capsys, "--config", str(TINY), "--lr_warmup_steps", "21", "--lr_scheduler", "linear")
     assert "`lr_warmup_steps` (21) and `lr_decay_steps` (0) exceed `max_train_steps` (20)" in text
 
 

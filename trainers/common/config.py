@@ -106,6 +106,11 @@ class TrainingConfig(Section):
 
     @model_validator(mode="after")
     def _check(self) -> TrainingConfig:
+        schedule = self.lr_scheduler
+        if self.lr_warmup_steps and schedule in ("constant", "inverse_sqrt"):
+            raise ValueError(f"`lr_warmup_steps` has no effect on lr_scheduler {schedule}: try constant_with_warmup")
+        if self.lr_decay_steps and schedule != "warmup_stable_decay":
+            raise ValueError(f"`lr_decay_steps` has no effect on lr_scheduler {schedule}, only on warmup_stable_decay")
         if self.max_train_steps is None and self.num_epochs is None:
             raise ValueError("`max_train_steps` or `num_epochs` is required")
         if self.num_epochs is None and self.lr_warmup_steps + self.lr_decay_steps > self.max_train_steps:

@@ -8,8 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
-from accelerate import Accelerator, DistributedType, PartialState
-from accelerate.utils import DistributedDataParallelKwargs
+from accelerate import Accelerator, DistributedType
+from accelerate.utils import DistributedDataParallelKwargs, parse_flag_from_env
 
 from backlot.command_line import EXIT_INPUT, leave
 from trainers.common.config import RunConfig, TrainingConfig
@@ -50,11 +50,14 @@ def create_accelerator(config: RunConfig) -> Accelerator:
     try:
         request = read_request(os.environ, training)
         check_trackers(training.report_to)
-        check_optimizer(training)
     except ValueError as error:
         raise leave(EXIT_INPUT, f"refused: {error}") from error
     RunFolder.check(config)
     accelerator = start(request, training)
+    try:
+        check_optimizer(training, accelerator.device)  # now: a GPU of its own is chosen
+    except ValueError as error:
+        raise leave(EXIT_INPUT, f"refused: {error}") from error
     processes = Processes(accelerator)
     # So early that a signal during start-up is answered at the first update.
     stop = StopSignal(processes)
@@ -124,7 +127,7 @@ BOTH = ("true", "false")
 FSDP_KEYS: dict[str, tuple[str, ...] | None] = {
     "version": ("2",),
     "reshard_after_forward": BOTH,
-    "offload_params": BOTH,
+    "offload_params": ("false",),
     "auto_wrap_policy": ("transformer_based_wrap",),
     "transformer_cls_to_wrap": None,
     "sharding_strategy": ("full_shard", "1"),
@@ -139,6 +142,7 @@ FSDP_KEYS: dict[str, tuple[str, ...] | None] = {
     "min_num_params": None,
 }
 INSTEAD = {
+    "offload_params": "it has not been run on a GPU; take more GPUs, gradient checkpointing or 8-bit Adam",
     "version": "set fsdp_version: 2",
     "activation_checkpointing": "set training.gradient_checkpointing instead",
 }
@@ -161,16 +165,16 @@ def read_sharding(environment: Mapping[str, str]) -> Sharding:
             instead = INSTEAD.get(short, f"only {' or '.join(allowed)} is supported")
             raise ValueError(f"the launch configuration asks for {name} {value}: {instead}")
     blocks = tuple(name.strip() for name in keys.get("fsdp_transformer_cls_to_wrap", "").split(",") if name.strip())
-    reshard, offload = (keys.get(f"fsdp_{name}", "") for name in ("reshard_after_forward", "offload_params"))
-    return Sharding(blocks, reshard.lower() != "false", offload.lower() == "true")
+    return Sharding(blocks, keys.get("fsdp_reshard_after_forward", "").lower() != "false")
 
 
 def start(request: Request, training: TrainingConfig) -> Accelerator:
     """Accelerate itself: devices, processes and DDP. Precision and sharding are ours (trainers/common), so that CPU and
     GPU take the same path."""
     # Several processes on a machine without GPUs: Accelerate would run as many strangers to one another.
-    on_cpu = request.num_processes > 1 and not torch.accelerator.is_available()
-    PartialState(cpu=on_cpu)  # shares that are offloaded need a process group for the host too: it still sees FSDP
+    on_cpu = parse_flag_from_env("ACCELERATE_USE_CPU") or (
+        request.num_processes > 1 and not torch.accelerator.is_available()
+    )
     # It would wrap networks itself on a GPU, and train DDP in silence on a CPU.
     for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"):
         os.environ.pop(name, None)

@@ -61,7 +61,8 @@ class Networks:
         self._skeleton = skeleton(self.trained) if self.is_sharded else None
         self.zero: Engine | None = None
         self.ema = self._average(training, launch, is_part=trained is not None)
-        self.precision.prepare(self.network)
+        for network in (self.network, *([self.ema.model] if self.ema else []), *modules.values()):
+            self.precision.prepare(network)
         if launch.sharding:
             self._shard(training, launch, is_part=trained is not None)
         elif not launch.zero:

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Protocol
 
 import torch
+from safetensors import SafetensorError
 
 from backlot.command_line import EXIT_CRASH, EXIT_RESUME
 from trainers.common.loader import abandon_workers
@@ -76,14 +77,19 @@ class Rescue:
     def _save(self, why: str) -> bool:
         """False if what this process should save could not be saved."""
         run = self.run
+        # what ends the run is said by its own error; these are only logged
+        errors = (OSError, ValueError, RuntimeError, SafetensorError)
+        try:
+            run.end_saving()  # a share that others wait for, too
+        except errors as error:
+            logger.error("the save under way failed: %s", error)
         if not run.processes.is_main or run.is_sharded:
             return True
         try:
-            run.end_saving()
             if self._is_sound and run.step > 0:
                 run.save_alone()
                 logger.error("%s; checkpoint-%d is written", why, run.step)
-        except (OSError, ValueError) as error:  # what ends the run is said by its own error
+        except errors as error:
             logger.error("%s; checkpoint-%d is not written: %s", why, run.step, error)
             return False
         return True

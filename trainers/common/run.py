@@ -182,6 +182,8 @@ class TrainingRun:
             self.networks.load(checkpoint, state["optimizer"])
         except (ValueError, OSError, KeyError, SafetensorError) as error:
             problem = f"cannot resume from {checkpoint}: {error}"
+        if problem and not self.processes.is_main:
+            logger.error(problem)
         if self.processes.any(problem is not None):  # all leave, or none
             raise self.refuse(problem or f"another process cannot resume from {checkpoint}")
         if self.precision.scale is not None and state["loss_scale"]:
@@ -266,7 +268,9 @@ class TrainingRun:
         if weight is None:
             share, logged = 1 / self.training.gradient_accumulation_steps, detached
         else:
-            weight = torch.as_tensor(weight, dtype=torch.float32, device=detached.device).detach()
+            if not isinstance(weight, Tensor):  # filled there: a copy from the host would wait for the device
+                weight = torch.full((), float(weight), device=detached.device)
+            weight = weight.detach().to(detached.device, torch.float32)
             self._weight = weight if self._weight is None else self._weight + weight
             share, logged = 1.0, torch.stack([detached.float(), weight])
         # A non-finite loss makes every gradient NaN, on every process, whatever its own gradient was.
@@ -326,8 +330,7 @@ class TrainingRun:
         if weight is not None:
             factor = 1 / weight if factor is None else factor / weight
         if factor is not None:
-            grads = local(p.grad for p in self._parameters)
-            torch._foreach_mul_(grads, factor.to(grads[0].device))  # offloaded ones are on the host
+            torch._foreach_mul_(local(p.grad for p in self._parameters), factor)
         limit = self.training.max_grad_norm or float("inf")
         norm = torch.nn.utils.clip_grad_norm_(self._parameters, limit, foreach=True)
         return whole(norm).detach().to(self.accelerator.device)
@@ -398,8 +401,10 @@ class TrainingRun:
         self._end_nonfinite(f"{what}; {before}")
 
     def _end_nonfinite(self, what: str) -> None:
-        with self.rescue.unsound():  # a save under way may have failed
+        try:
             self._saver.wait()
+        except OSError as error:
+            logger.error("%s", error)
         newest = checkpoints.find_latest(self.run_dir) if self.processes.is_main else None
         self._close(EXIT_NONFINITE)
         raise self._left(EXIT_NONFINITE, f"{what}; last checkpoint: {newest or 'none'}")
@@ -474,6 +479,8 @@ class TrainingRun:
 
         One that a stop interrupted, or a kill, is made when the run has been resumed. Arguments as `Validation`.
         """
+        if score is not None and any(validation.score for validation in self._validations):
+            raise ValueError("only one validation of a run can have a score: there is one best checkpoint")
         self._validations.append(Validation(self, every, function, score, name))
         return self._validations[-1]
 
@@ -537,9 +544,9 @@ class TrainingRun:
         if self._tracking is not None:
             self._progress.close()
             self._tracking.close()
-        self.stop.release()
         if self.processes.is_main:
             self.folder.write_exit(code)
+        self.stop.release()
         self.processes.wait()
         self.accelerator.end_training()
         self.folder.release()

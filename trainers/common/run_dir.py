@@ -107,19 +107,12 @@ class RunFolder:
     def describe(self, config: RunConfig, num_processes: int, device: str) -> None:
         """config.yaml (loadable again) and environment.json (versions and commit)."""
         write_file(self.path / "config.yaml", dump_config(config))
-        git = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=40"],
-            cwd=Path(__file__).parent,
-            capture_output=True,
-            text=True,
-            check=False,
-        )
         write_json(
             self.path / "environment.json",
             {
                 "python": platform.python_version(),
                 "packages": {name: importlib.metadata.version(name) for name in PACKAGES},
-                "git_commit": git.stdout.strip() or None,
+                "git_commit": _commit(),
                 "num_processes": num_processes,
                 "device": device,
             },
@@ -152,6 +145,16 @@ class RunFolder:
             atexit.unregister(self._at_exit)
             self._lock.close()
             self._lock = None
+
+
+def _commit() -> str | None:
+    """The commit of this code, if it lies in a checkout and there is a git."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        git = subprocess.run(command, cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    except OSError:
+        return None
+    return git.stdout.strip() or None
 
 
 def _is_own(path: Path) -> bool:

@@ -19,7 +19,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 from torch import Tensor
 
-from backlot.files import write_json
+from backlot.files import write_file
 from trainers.common import checkpoints
 from trainers.common.config import TrainingConfig
 from trainers.common.processes import Processes
@@ -148,7 +148,8 @@ class Saver:
             for part, pieces in snapshot.parts.items():
                 write(temporary, part, pieces, rank, self.writers)
             if self.writers > 1:
-                write_json(temporary / f"share-{rank}.json", {"parts": sorted(snapshot.parts)})
+                note = json.dumps({"parts": sorted(snapshot.parts)})  # gone as soon as it is read: never flushed
+                write_file(temporary / f"share-{rank}.json", note, durable=False)
             if is_main:
                 self._await_shares(temporary)
                 (temporary / STATE_NAME).write_text(json.dumps(snapshot.state, indent=1) + "\n", encoding="utf-8")

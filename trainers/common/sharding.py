@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
@@ -27,8 +27,6 @@ class Sharding:
     blocks: tuple[str, ...] = ()
     """Class names of the blocks that are gathered one by one; none: the network's `_no_split_modules`."""
     reshard_after_forward: bool = True
-    offload: bool = False
-    """Keep shares in host memory and move them for each block."""
 
     def apply(self, network: nn.Module, precision: Precision, trains: bool = True) -> nn.Module:
         """Cut `network` in place. Its trainable weights may have one type and its frozen ones another.
@@ -46,7 +44,6 @@ class Sharding:
             "reshard_after_forward": self.reshard_after_forward or not trains,
             # Inputs keep their precision: bf16 cannot tell neighbouring times apart. Autocast converts where it is due.
             "mp_policy": MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False),
-            "offload_policy": CPUOffloadPolicy() if self.offload and mesh.device_type != "cpu" else OffloadPolicy(),
         }
         names = self.blocks or tuple(getattr(network, "_no_split_modules", None) or ())
         blocks = [module for module in network.modules() if type(module).__name__ in names and module is not network]

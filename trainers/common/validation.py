@@ -83,7 +83,10 @@ class Validation:
             self.make()
 
     def make(self) -> None:
-        """Measure, keep the best, write the row. The run is as before; running out of memory does not end it."""
+        """Measure, keep the best, write the row. The run is as before; running out of memory does not end it.
+
+        (It does where the network is sharded: the processes measure in step.)
+        """
         run = self.run
         with run.rescue:
             run.processes.wait()
@@ -112,6 +115,8 @@ class Validation:
                     scalars, pictures = self.function(model.eval())
                 return {name: float(value) for name, value in scalars.items()}, pictures
             except torch.OutOfMemoryError as error:
+                if run.is_sharded:
+                    raise  # the others are waiting for this one's share
                 logger.warning("validation ran out of memory and is skipped: %s", str(error).splitlines()[0])
                 return "skipped", {}
             except StopRequested:

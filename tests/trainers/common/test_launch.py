@@ -6,7 +6,9 @@ from importlib.util import find_spec
 
 import pytest
 import runs
+import torch
 import yaml
+from accelerate import PartialState
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
 from accelerate.utils.launch import (
     prepare_deepspeed_cmd_env,
@@ -57,18 +59,18 @@ def _bare_environment(monkeypatch):
     [
         (ONE, Request(1, "no", None)),
         (DDP | {"mixed_precision": "fp16"}, Request(2, "fp16", None)),
-        (FSDP | {"fsdp_config": WRAP}, Request(2, "bf16", Sharding((), True, False))),
+        (FSDP | {"fsdp_config": WRAP}, Request(2, "bf16", Sharding((), True))),
         (
-            FSDP | {"fsdp_config": WRAP | {"fsdp_reshard_after_forward": False, "fsdp_offload_params": True}},
-            Request(2, "bf16", Sharding((), False, True)),
+            FSDP | {"fsdp_config": WRAP | {"fsdp_reshard_after_forward": False}},
+            Request(2, "bf16", Sharding((), False)),
         ),
         (
             FSDP | {"fsdp_config": WRAP | {"fsdp_transformer_layer_cls_to_wrap": "DiTBlock, SceneBlock"}},
-            Request(2, "bf16", Sharding(("DiTBlock", "SceneBlock"), True, False)),
+            Request(2, "bf16", Sharding(("DiTBlock", "SceneBlock"), True)),
         ),
         (
             FSDP | {"fsdp_config": WRAP | {"fsdp_state_dict_type": "FULL_STATE_DICT", "fsdp_use_orig_params": False}},
-            Request(2, "bf16", Sharding((), True, False)),
+            Request(2, "bf16", Sharding((), True)),
         ),
     ],
 )
@@ -82,6 +84,7 @@ REFUSED = [
     (FSDP | {"fsdp_config": WRAP, "num_processes": 1}, "FSDP needs at least two processes"),
     (FSDP | {"fsdp_config": WRAP | {"fsdp_auto_wrap_policy": "SIZE_BASED_WRAP"}}, "only transformer_based_wrap"),
     (FSDP | {"fsdp_config": WRAP | {"fsdp_ignored_modules": "norm"}}, "fsdp_ignored_modules is not supported"),
+    (FSDP | {"fsdp_config": WRAP | {"fsdp_offload_params": True}}, "fsdp_offload_params True: it has not been run"),
     (FSDP | {"fsdp_config": WRAP | {"fsdp_forward_prefetch": True}}, "fsdp_forward_prefetch true"),
     (
         FSDP | {"fsdp_config": WRAP | {"fsdp_activation_checkpointing": True}},
@@ -158,3 +161,12 @@ def test_a_refusal_comes_before_any_folder(tmp_path, flows, monkeypatch, capsys)
     assert exit_.value.code == 2
     assert capsys.readouterr().err.startswith("refused: the launch configuration sets gradient_acc")
     assert not (tmp_path / "run").exists()
+
+
+def test_a_launch_on_the_cpu_stays_there_where_there_is_an_accelerator(tmp_path, flows, monkeypatch):
+    """accelerate_configs/cpu.yaml says so by a variable alone."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.setattr(PartialState, "default_device", property(lambda _: torch.device("meta")))
+    run = runs.open_run(tmp_path / "run", flows, max_train_steps=1)
+    assert run.accelerator.device == torch.device("cpu")
+    runs.save_and_close(run)

@@ -264,9 +264,21 @@ FORMULAS = {
 }
 
 
+def lengths(name: str) -> dict[str, int]:
+    """Of warm-up and decay, where the schedule has them."""
+    decay = {"lr_decay_steps": 4} if name == "warmup_stable_decay" else {}
+    return decay | ({} if name in ("constant", "inverse_sqrt") else {"lr_warmup_steps": 5})
+
+
+@pytest.mark.parametrize(("name", "key"), [("constant", "warmup"), ("inverse_sqrt", "warmup"), ("cosine", "decay")])
+def test_a_length_that_a_schedule_does_not_have_is_refused(name, key):
+    with pytest.raises(ValueError, match=f"`lr_{key}_steps` has no effect on lr_scheduler {name}"):
+        config(lr_scheduler=name, **{f"lr_{key}_steps": 3})
+
+
 @pytest.mark.parametrize("name", FORMULAS)
 def test_schedules_are_counted_in_updates(name):
-    training = config(learning_rate=2e-3, lr_scheduler=name, lr_warmup_steps=5, lr_decay_steps=4)
+    training = config(learning_rate=2e-3, lr_scheduler=name, **lengths(name))
     assert schedule(20, training) == pytest.approx([2e-3 * FORMULAS[name](n) for n in range(20)], abs=1e-12)
 
 
@@ -279,7 +291,7 @@ def test_inverse_sqrt_far_from_its_start():
 @pytest.mark.parametrize("name", FORMULAS)
 @pytest.mark.parametrize("start", [1, 4, 5, 13])
 def test_a_schedule_continues_where_it_stopped(name, start):
-    training = config(lr_scheduler=name, lr_warmup_steps=5, lr_decay_steps=4)
+    training = config(lr_scheduler=name, **lengths(name))
     assert schedule(20 - start, training, start) == schedule(20, training)[start:]
 
 

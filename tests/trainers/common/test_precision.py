@@ -153,3 +153,13 @@ def test_no_host_synchronisation_between_log_points(tmp_path, flows):
     assert seen == []
     assert run.precision.scale.state()["value"] == 2.0**14
     runs.save_and_close(run)
+
+
+def test_an_average_answers_in_the_type_in_which_the_network_does(tmp_path, flows):
+    """A teacher's half steps are averaged, guided and subtracted: not in bf16."""
+    run = runs.open_run(tmp_path / "run", flows, mixed_precision="bf16", max_train_steps=1)
+    sample, t = torch.randn(2, 1, 8, 8), torch.rand(2)
+    labels = torch.zeros(2, dtype=torch.long)
+    answers = [network(sample, t, 0 * t, class_labels=labels).sample for network in (run.model, run.ema)]
+    assert [answer.dtype for answer in answers] == [torch.float32, torch.float32]
+    runs.save_and_close(run)
