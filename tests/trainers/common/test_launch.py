@@ -84,7 +84,7 @@ REFUSED = [
     (FSDP | {"fsdp_config": WRAP, "num_processes": 1}, "FSDP needs at least two processes"),
     (FSDP | {"fsdp_config": WRAP | {"fsdp_auto_wrap_policy": "SIZE_BASED_WRAP"}}, "only transformer_based_wrap"),
     (FSDP | {"fsdp_config": WRAP | {"fsdp_ignored_modules": "norm"}}, "fsdp_ignored_modules is not supported"),
-    (FSDP | {"fsdp_config": WRAP | {"fsdp_offload_params": True}}, "fsdp_offload_params True: it has not been run"),
+    (FSDP | {"fsdp_config": WRAP | {"fsdp_offload_params": True}}, "fsdp_offload_params true: it has not been run"),
     (FSDP | {"fsdp_config": WRAP | {"fsdp_forward_prefetch": True}}, "fsdp_forward_prefetch true"),
     (
         FSDP | {"fsdp_config": WRAP | {"fsdp_activation_checkpointing": True}},
