@@ -17,11 +17,12 @@ from pydantic import Field
 
 import backlot
 from backlot.command_line import input_errors
-from backlot.config import Section, load_config
+from backlot.config import Section
 from data_prep import scenes
 from pipelines import shortcut_scene
 from trainers import common
 from trainers.common.config import RunConfig, TrainingConfig
+from trainers.common.startup import load_config
 
 torch = lazy_loader.load("torch")  # like the packages above: a wrong configuration is answered before it loads
 PICTURE_SIZE = 96

@@ -20,12 +20,13 @@ from pydantic import Field, model_validator
 import backlot
 import objectives
 from backlot.command_line import input_errors
-from backlot.config import Section, load_config
+from backlot.config import Section
 from data_prep import images
 from objectives.settings import ObjectiveConfig
 from pipelines import shortcut
 from trainers import common
 from trainers.common.config import RunConfig
+from trainers.common.startup import load_config
 
 torch = lazy_loader.load("torch")  # like the packages above: a wrong configuration is answered before it loads
 logger = logging.getLogger(__name__)

@@ -19,13 +19,14 @@ from pydantic import Field, model_validator
 import backlot
 import objectives
 from backlot.command_line import input_errors
-from backlot.config import Section, load_config
+from backlot.config import Section
 from data_prep import scenes
 from evaluation import shortcut_scene as evaluation
 from objectives.settings import SceneObjectiveConfig
 from pipelines import shortcut_scene
 from trainers import common
 from trainers.common.config import RunConfig
+from trainers.common.startup import load_config
 
 torch = lazy_loader.load("torch")  # like the packages above: a wrong configuration is answered before it loads
 logger = logging.getLogger(__name__)

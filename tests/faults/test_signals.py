@@ -57,6 +57,20 @@ def slow_start(marker: Path, arguments: list[str]) -> None:
     train_shortcut.main(arguments)
 
 
+def slow_imports(marker: Path, arguments: list[str]) -> None:
+    """Before there is a run that could answer: torch and Accelerate are still being loaded."""
+    from trainers import common, train_shortcut
+
+    create_accelerator = common.create_accelerator
+
+    def slow(config):
+        linger(marker, 0.3)
+        return create_accelerator(config)
+
+    common.create_accelerator = slow
+    train_shortcut.main(arguments)
+
+
 def slow_data(marker: Path, arguments: list[str], item: int) -> None:
     from trainers import train_shortcut
 
@@ -125,6 +139,7 @@ def straight(tmp_path_factory):
 
 PHASES = {
     # name: child, its further arguments, settings, updates at which it may stop
+    "imports": (slow_imports, (), {}, {0}),
     "start-up": (slow_start, (), {}, {0}),
     "data wait": (slow_data, (20,), {}, {2}),
     "data wait, workers": (slow_data, (12,), {"dataloader_num_workers": 2}, {2, 3}),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import logging
 import math
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, Self
@@ -10,6 +11,8 @@ from typing import Annotated, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from backlot.config import Section, Settings, checked
+
+logger = logging.getLogger(__name__)
 
 
 class TrainingConfig(Section):
@@ -188,6 +191,8 @@ class RunConfig(Settings):
         counted: dict = {key: math.ceil(value * updates) for key, value in passes.items() if value}
         if not counted:
             return self
+        for key, value in counted.items():
+            logger.info("training.%s is %d: %d passes over %d samples", key, value, passes[key], num_samples)
         return checked(self, {"training": {**counted, "num_epochs": None, "checkpointing_epochs": None}})
 
     @model_validator(mode="after")

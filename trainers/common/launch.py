@@ -18,7 +18,7 @@ from trainers.common.precision import DTYPES, Precision
 from trainers.common.processes import Processes
 from trainers.common.run_dir import RunFolder
 from trainers.common.sharding import Sharding
-from trainers.common.signals import StopSignal, follow_launcher
+from trainers.common.signals import StopSignal
 from trainers.common.tracking import check_trackers
 from trainers.common.zero import Zero, read_zero
 
@@ -43,7 +43,6 @@ def create_accelerator(config: RunConfig) -> Accelerator:
 
     Everything a key or the launch file needs is checked here, before anything is loaded or written.
     """
-    follow_launcher()
     logging.basicConfig(format="%(levelname)s %(name)s: %(message)s", level=logging.INFO)
     logging.getLogger("accelerate").setLevel(logging.WARNING)
     training = config.training

@@ -173,6 +173,8 @@ class TrainingRun:
             trackers = [TRACKERS[name] for name in self.training.report_to]
             self._tracking = Tracking(self.run_dir, self.step, trackers, self.config.model_dump(mode="json"))
             self._progress = tqdm(total=self.training.max_train_steps, initial=self.step, unit="update", smoothing=0.05)
+        if self.step >= self.training.max_train_steps:
+            logger.info("%d updates are done already, of %d", self.step, self.training.max_train_steps)
         self.restart_clock()
 
     def _load(self, checkpoint: Path) -> None:

@@ -2,64 +2,33 @@
 
 from __future__ import annotations
 
-import ctypes
-import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from backlot.command_line import EXIT_RESUME, leave
+from trainers.common import startup
 from trainers.common.processes import Processes
 
-PR_SET_PDEATHSIG = 1
 GRACE = 5.0
 """Seconds that a wait for data may still take when several processes are asked to stop; launchers kill after 30."""
-LAUNCHERS = ("accelerate", "torchrun", "torch.distributed.run", "torch/distributed/run.py", "deepspeed")
-ADOPTERS = ("systemd", "init", "tini", "docker-init", "dumb-init", "catatonit", "slurmstepd", "conmon")
-"""Programs that become the parent of what a dead one leaves behind, besides process 1."""
 
 
 class StopRequested(BaseException):
     """Raised by the signal handler where waiting would only lose time: in a data wait, in validation."""
 
 
-def follow_launcher() -> None:
-    """Ask the kernel for SIGTERM when the launcher ends: `accelerate launch` does not pass its own signals on.
-
-    Without a launcher (a script started from a shell) nothing changes: that shell may well end before the run.
-    """
-    if "ACCELERATE_MIXED_PRECISION" not in os.environ and "TORCHELASTIC_RUN_ID" not in os.environ:
-        return
-    parent = os.getppid()
-    if any(name in _about(parent, "cmdline") for name in LAUNCHERS):
-        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-        has_gone = os.getppid() != parent  # before the kernel was asked
-    else:
-        has_gone = parent == 1 or _about(parent, "comm").strip() in ADOPTERS
-    if has_gone:
-        raise leave(EXIT_RESUME, "the launcher has ended; nothing was begun")
-
-
-def _about(pid: int, what: str) -> str:
-    try:
-        return Path(f"/proc/{pid}/{what}").read_bytes().decode(errors="replace")
-    except OSError:
-        return ""
-
-
 class StopSignal:
     """Notices the signals from the moment it is made. Processes agree through `agreed`, so that all save together."""
 
     def __init__(self, processes: Processes):
-        self.requested = False
+        self.requested, startup.asked_to_stop = startup.asked_to_stop, False
         self.group = processes.group  # votes travel on the CPU: agreeing costs the accelerator nothing
         self._grace: float | None = None
         self._vote: tuple[dist.Work, torch.Tensor] | None = None
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        for number in startup.SIGNALS:
             signal.signal(number, self._handle)
 
     def _handle(self, number: int, frame) -> None:

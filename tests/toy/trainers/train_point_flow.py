@@ -15,12 +15,13 @@ from pydantic import Field
 import backlot
 import objectives
 from backlot.command_line import input_errors
-from backlot.config import Section, load_config
+from backlot.config import Section
 from data_prep import points
 from evaluation import point_flow as measures
 from pipelines import point_flow
 from trainers import common
 from trainers.common.config import RunConfig
+from trainers.common.startup import load_config
 
 torch = lazy_loader.load("torch")  # like the packages above: a wrong configuration is answered before it loads
 PICTURE_SIZE, PICTURE_RANGE = 96, 2.0
