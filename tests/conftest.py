@@ -17,6 +17,7 @@ import pytest
 import runs
 import torch
 from diffusers.models.attention_dispatch import _AttentionBackendRegistry as AttentionBackends
+from flow_samples import Flows
 
 torch.set_num_threads(1)
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
@@ -44,26 +45,6 @@ def finished_run(tmp_path_factory):
     runs.reset_accelerate()
     runs.train(run_dir, max_train_steps=6, checkpointing_steps=2, checkpoints_total_limit=None, logging_steps=2)
     return run_dir
-
-
-class Flows(torch.utils.data.Dataset):
-    """Samples with a noise, a time and an index of their own."""
-
-    def __init__(self, size: int = 24):
-        self.size = size
-
-    def __len__(self) -> int:
-        return self.size
-
-    def __getitem__(self, key: int) -> dict[str, torch.Tensor]:
-        generator = torch.Generator().manual_seed(int(key))
-        return {
-            "index": torch.tensor(int(key)),
-            "class_labels": torch.tensor(int(key) % 10),
-            "pixel_values": torch.randn(1, 8, 8, generator=generator),
-            "noise": torch.randn(1, 8, 8, generator=generator),
-            "t": torch.rand((), generator=generator),
-        }
 
 
 @pytest.fixture

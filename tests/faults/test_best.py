@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 import runs
+from flow_samples import Flows
 
-from conftest import Flows
 from trainers.common import checkpoints
 
 SCORES = {2: 0.2, 4: 0.9, 6: 0.3, 8: 0.1}

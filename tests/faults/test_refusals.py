@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 import runs
 import torch
+from flow_samples import Flows
 
 from backlot.config import load_config
-from conftest import Flows
 from trainers import train_shortcut
 from trainers.common import checkpoints
 

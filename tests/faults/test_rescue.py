@@ -42,7 +42,7 @@ class Failing(torch.utils.data.Dataset):
 @pytest.fixture(scope="module")
 def straight(tmp_path_factory):
     """Six updates without an error: tensors and rows, by micro-batches per update."""
-    from conftest import Flows
+    from flow_samples import Flows
 
     results = {}
     for accumulation in (1, 2):

@@ -21,11 +21,11 @@ import torch.distributed as dist
 from accelerate.state import PartialState
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
+from flow_samples import Flows
 from safetensors import safe_open
 from torch import nn
 from torch.distributed.tensor import DTensor
 
-from conftest import Flows
 from trainers.common import TrainingRun, create_accelerator
 from trainers.common.config import RunConfig
 

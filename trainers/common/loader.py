@@ -5,6 +5,7 @@ from __future__ import annotations
 import atexit
 import errno
 import multiprocessing
+import multiprocessing.connection
 import multiprocessing.queues
 import os
 import resource
@@ -46,8 +47,8 @@ def create_loader(dataset: Dataset, sampler: StreamSampler, num_workers: int, pi
     """
     _allow_many_files()
     # Without it an error in the trainer would not end it: Python waits for its workers, which ignore its SIGTERM.
-    atexit.unregister(abandon_workers)
-    atexit.register(abandon_workers)
+    atexit.unregister(_end_workers)
+    atexit.register(_end_workers)
     return DataLoader(
         dataset,
         batch_sampler=sampler,
@@ -63,6 +64,13 @@ def abandon_workers() -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would report their end as an error
     for worker in multiprocessing.active_children():
         worker.kill()  # they ignore the SIGTERM of Python's own clean-up, and it would wait for them
+
+
+def _end_workers() -> None:
+    """At the trainer's end: a worker that fails, and made it fail, is given the time to say why."""
+    workers = multiprocessing.active_children()
+    multiprocessing.connection.wait([worker.sentinel for worker in workers], timeout=0.5)
+    abandon_workers()
 
 
 def _allow_many_files() -> None:

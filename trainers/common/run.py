@@ -403,10 +403,9 @@ class TrainingRun:
         self._end_nonfinite(f"{what}; {before}")
 
     def _end_nonfinite(self, what: str) -> None:
-        try:
+        logger.error("%s", what)  # here already: a save under way may have failed, and its error ends the run then
+        with self.rescue.unsound():
             self._saver.wait()
-        except OSError as error:
-            logger.error("%s", error)
         newest = checkpoints.find_latest(self.run_dir) if self.processes.is_main else None
         self._close(EXIT_NONFINITE)
         raise self._left(EXIT_NONFINITE, f"{what}; last checkpoint: {newest or 'none'}")

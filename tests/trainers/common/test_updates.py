@@ -7,12 +7,12 @@ import json
 import pytest
 import runs
 import torch
+from flow_samples import Flows
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch.utils.data import ConcatDataset, Dataset
 
 from backlot.samples import BlockShuffle, SampleKey, WeightedMixture
-from conftest import Flows
 from objectives.rectified_flow import interpolate, squared_error, velocity_target
 from trainers.common.validation import batches_of, held_out_items, mean_of, spread, step_names
 
