@@ -81,6 +81,34 @@ def test_micro_batches_of_any_size_give_the_same_gradient(tmp_path, monkeypatch)
             assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-4)
 
 
+def test_objects_weigh_alike_however_the_scenes_are_batched(tmp_path, monkeypatch):
+    """Scenes of one to four objects: `reduction object` is a mean over all objects of the update. The loss is ours."""
+    root = write_scenes(tmp_path / "scenes", {"train": 8, "val": 1}, num_objects=(1, 4), stats=True)
+
+    def draw(batch, object_mask, config, step, generator=None):
+        """Noise that belongs to the sample: what does not depend on how samples are batched."""
+        seeds = [int(row[0].abs().sum() * 1e4) for row in batch["translation"]]
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        noise = {k: torch.zeros_like(v) for k, v in batch.items()}
+        for i, mask in enumerate(object_mask):  # padding differs from batch to batch
+            for k, v in batch.items():
+                noise[k][i, mask] = torch.randn(v[i, mask].shape, generator=generators[i])
+        return grid_draws(batch, config, 0.4, noise=noise)
+
+    grid_draws = train_shortcut_scene.objectives.scene.grid_draws
+    monkeypatch.setattr(train_shortcut_scene.objectives.scene, "draw", draw)
+    others = [f"--data.data_root={root}", "--shortcut.reduction=object", "--shortcut.self_consistency_prob=0"]
+    rows = []
+    for size in (8, 4, 1):
+        settings = {"train_batch_size": size, "gradient_accumulation_steps": 8 // size, "logging_steps": 1}
+        train(tmp_path / str(size), *others, **settings, max_train_steps=2)
+        rows.append(runs.rows_of(tmp_path / str(size)))
+    for other in rows[1:]:
+        for a, b in zip(rows[0], other, strict=True):
+            assert b["loss"] == pytest.approx(a["loss"], rel=1e-4)
+            assert b["grad_norm"] == pytest.approx(a["grad_norm"], rel=1e-3)
+
+
 @pytest.mark.parametrize(
     "others",
     [
