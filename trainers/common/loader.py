@@ -68,9 +68,12 @@ def abandon_workers() -> None:
 
 def _end_workers() -> None:
     """At the trainer's end: a worker that fails, and made it fail, is given the time to say why."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch would raise their end as an error, here
     workers = multiprocessing.active_children()
-    multiprocessing.connection.wait([worker.sentinel for worker in workers], timeout=0.5)
-    abandon_workers()
+    try:
+        multiprocessing.connection.wait([worker.sentinel for worker in workers], timeout=0.5)
+    finally:
+        abandon_workers()
 
 
 def _allow_many_files() -> None:
