@@ -140,9 +140,8 @@ def generate(argv: list[str] | None = None) -> None:
     """
     settings = parse(Generate, argv, f"{PROGRAM} generate", generate.__doc__)
 
-    from tqdm import tqdm
-
     from evaluation.layout_flux.measure import draw_request, load_model
+    from tqdm import tqdm
 
     with input_errors():
         read = read_requests(settings.requests)
@@ -159,8 +158,8 @@ def generate(argv: list[str] | None = None) -> None:
 def detect(argv: list[str] | None = None) -> None:
     """Find the objects in pictures, by the models and thresholds of a benchmark. Killed, the same command goes on.
 
-        python -m evaluation.layout_flux.benchmarks detect denselayout --requests dense.jsonl --pictures pictures/dense \\
-            --output detections/dense
+        python -m evaluation.layout_flux.benchmarks detect denselayout --requests dense.jsonl \\
+            --pictures pictures/dense --output detections/dense
     """
     settings = parse(Detect, argv, f"{PROGRAM} detect", detect.__doc__)
 

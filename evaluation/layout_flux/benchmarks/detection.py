@@ -78,9 +78,9 @@ def drop_overlapping(boxes: np.ndarray, scores: np.ndarray, limit: float = MAX_O
 
 def find_instances(picture: Image.Image, request: Request, detector: Detector) -> list[dict]:
     """DenseLayout: what is found for the label of each."""
-    return [
-        _as_json(*detector.find(picture, instance.label, THRESHOLDS["denselayout"])) for instance in request.instances
-    ]
+    labels = dict.fromkeys(instance.label for instance in request.instances)  # each is looked for once
+    found = {label: _as_json(*detector.find(picture, label, THRESHOLDS["denselayout"])) for label in labels}
+    return [found[instance.label] for instance in request.instances]
 
 
 def find_coloured(picture: Image.Image, request: Request, detector: Detector, segmenter: Segmenter) -> list[dict]:

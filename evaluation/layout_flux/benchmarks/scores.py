@@ -7,7 +7,7 @@ Answers: {request id: [per instance {question: the answer's text}]}, questions a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -182,9 +182,7 @@ def is_yes(answer: str | None) -> bool:
 # --- what a language model is asked ---------------------------------------------------------------------------------
 
 
-def questions(
-    requests: Sequence[Request], detections: Detections | None = None, has_picture: Callable[[str], bool] = bool
-) -> list[dict]:
+def questions(requests: Sequence[Request], detections: Detections | None = None) -> list[dict]:
     """Every question, with the part of the picture that it is about, for a vision-language model of your choice.
 
     LayoutSAM-Eval asks about the boxes as annotated; DenseLayout about the box that was found, where it counts. The
@@ -192,11 +190,10 @@ def questions(
 
     Args:
         detections: of DenseLayout; none for LayoutSAM-Eval.
-        has_picture: whether there is a picture of an id.
     """
     asked = []
     for request in requests:
-        if not has_picture(request.id) or (detections is not None and request.id not in detections):
+        if detections is not None and request.id not in detections:
             continue
         for place, instance in enumerate(request.instances):
             box, names = instance.box, ("spatial", *ATTRIBUTES)
@@ -232,9 +229,7 @@ def gather_answers(requests: Sequence[Request], rows: Sequence[Mapping]) -> dict
         if missing:
             raise ValueError(f"an answered question lacks {', '.join(sorted(missing))}: {dict(row)}")
         if not 0 <= row["instance"] < sizes.get(row["id"], 0):
-            raise ValueError(
-                f"an answer is about object {row['instance']} of picture {row['id']}, which is not asked for"
-            )
+            raise ValueError(f"an answer is about object {row['instance']} of {row['id']}, which nobody asked for")
         per_instance = answers.setdefault(row["id"], [{} for _ in range(sizes[row["id"]])])
         per_instance[row["instance"]][row["name"]] = str(row["answer"])
     return answers
