@@ -7,7 +7,9 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     submod_attrs={
         "adapter": ["FluxLayoutAdapter"],
         "attachment": ["attach", "detach"],
+        "files": ["find_adapter", "load_adapter", "save_adapter"],
         "layout": ["DEPTH_LABELS", "FOREGROUND_ALPHA", "Layout", "LayoutState"],
         "model": ["LayoutFlux", "LayoutFluxOutput"],
+        "pipeline": ["FluxLayoutPipeline", "FluxLayoutPipelineOutput"],
     },
 )
