@@ -1,0 +1,10 @@
+"""Pictures, boxes and references of objects. Names load on first use."""
+
+import lazy_loader
+
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submod_attrs={
+        "procedural": ["ProceduralSettings", "Scene", "draw_scene", "render"],
+    },
+)
