@@ -4,8 +4,8 @@
     python -m evaluation.layout_flux stage1=runs/stage1 stage2=runs/stage2 stage3=runs/stage3 --data data/unseen \\
         --num_layouts 256 --num_shuffled 128 --num_swapped 128 --output metrics.json
 
---data takes what `python -m data_prep.layouts prepare --source procedural` writes, of held-out identities. Each model is
-compared with the one before it, and one that has a feedback bridge with itself without it, on the same layouts and
+--data takes what `python -m data_prep.layouts prepare --source procedural` writes, of held-out identities. Each model
+is compared with the one before it, and one that has a feedback bridge with itself without it, on the same layouts and
 noise. Definitions: evaluation/layout_flux/metrics.py; public benchmarks: python -m evaluation.layout_flux.benchmarks
 """
 

@@ -39,8 +39,8 @@ class Protocol:
 
     examples: Sequence[Example]
     scenes: ProceduralSettings
-    variants: Variants = Variants()
-    sampling: Sampling = Sampling()
+    variants: Variants
+    sampling: Sampling
     similarity: Similarity | None = None
     seed: int = 0
     batch_size: int = 32
@@ -50,6 +50,11 @@ class Protocol:
         if not self.examples:
             raise ValueError("`examples` must not be empty")
         object.__setattr__(self, "gallery", Gallery(self.examples, self.scenes))
+
+    @property
+    def noise(self) -> dict[str, int]:
+        """What `draw` is told of noise and batches."""
+        return {"seed": self.seed, "batch_size": self.batch_size}
 
 
 @dataclass
@@ -107,10 +112,10 @@ def measure(
         measured = measure_plain(pipeline, protocol, examples[:number], with_layout)
         progress.update(number)
         if parts["shuffled"]:
-            measure_shuffled(pipeline, protocol, examples, parts["shuffled"], measured, with_layout)
+            measure_shuffled(pipeline, protocol, parts["shuffled"], measured, with_layout)
             progress.update(parts["shuffled"])
         if parts["swapped"]:
-            measure_swapped(pipeline, protocol, examples[: parts["swapped"]], measured, with_layout)
+            measure_swapped(pipeline, protocol, parts["swapped"], measured, with_layout)
             progress.update(parts["swapped"])
         if parts["without_feedback"]:
             measure_feedback(pipeline, protocol, examples[: parts["without_feedback"]], measured)
@@ -126,25 +131,20 @@ def measure_plain(
     feedback: bool = True,
 ) -> Measured:
     """What is asked for, drawn and measured."""
-    common = {
-        "seed": protocol.seed,
-        "batch_size": protocol.batch_size,
-        "with_layout": with_layout,
-        "feedback": feedback,
-    }
+    switches = {"with_layout": with_layout, "feedback": feedback}
     items = [example.item for example in examples]
-    drawing = draw(pipeline, items, protocol.sampling, **common)
-    losses, magnitude = flow_losses(pipeline, items, **common)
-    layouts = Table(np.arange(len(examples)))
+    drawing = draw(pipeline, items, protocol.sampling, **protocol.noise, **switches)
+    losses, magnitude = flow_losses(pipeline, items, **protocol.noise, **switches)
+    layouts, empty = Table(np.arange(len(examples))), Table(np.zeros(0, int))
     pairs = list(zip(drawing.pictures, examples, strict=True))
     layouts.add("background_accuracy", [background_accuracy(p, e.scene, protocol.scenes) for p, e in pairs])
     layouts.add("flow_loss", losses)
     return Measured(
         objects=measure_every_object(protocol, examples, drawing),
         layouts=layouts,
-        shuffled=Table(np.zeros(0, int)),
-        swapped=Table(np.zeros(0, int)),
-        drift=Table(np.zeros(0, int)),
+        shuffled=empty,
+        swapped=empty,
+        drift=empty,
         feedback={} if magnitude is None else {"magnitude": magnitude},
         pictures={"plain": drawing.pictures},
         alphas=drawing.alphas,
@@ -174,60 +174,77 @@ def measure_every_object(protocol: Protocol, examples: Sequence[Example], drawin
 
 
 def measure_shuffled(
-    pipeline: FluxLayoutPipeline,
-    protocol: Protocol,
-    examples: Sequence[Example],
-    count: int,
-    measured: Measured,
-    with_layout: bool,
+    pipeline: FluxLayoutPipeline, protocol: Protocol, count: int, measured: Measured, with_layout: bool
 ) -> None:
-    """With the references of others: whether objects still look like their own, and what changes beside them."""
-    others = other_references(examples, protocol.seed)[:count]
-    plain = measured.pictures["plain"][:count]
-    pictures = plain
+    """With the references of other identities."""
+    others = other_references(protocol.examples, protocol.seed)[:count]
+    pictures = measured.pictures["plain"][:count]
     if with_layout:
-        common = {"seed": protocol.seed, "batch_size": protocol.batch_size}
-        pictures = draw(pipeline, [item for item, _ in others], protocol.sampling, **common).pictures
-    numbers, found, drifts = [], [], []
-    for number, (_, is_other) in enumerate(others):
-        retrieved = np.array(protocol.gallery.retrieve(pictures[number], number))
-        numbers += [number] * int(is_other.sum())
-        found += retrieved[is_other].tolist()
-        if is_other.any():
-            drifts.append((number, *outside_drift(plain[number], pictures[number], examples[number].scene)))
+        pictures = draw(pipeline, [item for item, _ in others], protocol.sampling, **protocol.noise).pictures
+    is_other = [changed for _, changed in others]
     measured.pictures["shuffled"] = pictures
-    measured.shuffled = Table(np.array(numbers, int))
-    measured.shuffled.add("identity_shuffled", found)
-    columns = np.array(drifts, float).reshape(-1, 3)
-    measured.drift = Table(columns[:, 0].astype(int))
-    measured.drift.add("outside", columns[:, 1])
-    measured.drift.add("inside", columns[:, 2])
+    measured.shuffled, measured.drift = score_shuffled(protocol, measured.pictures["plain"][:count], pictures, is_other)
+
+
+def score_shuffled(
+    protocol: Protocol, plain: np.ndarray, pictures: np.ndarray, is_other: Sequence[np.ndarray]
+) -> tuple[Table, Table]:
+    """Whether objects still look like their own references, and what changes beside them.
+
+    Args:
+        plain, pictures: of the first layouts, with their own references and with others, (B, H, W, 3) uint8.
+        is_other: of each layout, which objects (N,) were given another reference.
+
+    Returns:
+        `identity_shuffled`, a row per object with another reference; change `outside` and `inside`, a row per layout.
+    """
+    numbers, found, drifts = [], [], []
+    for number, changed in enumerate(is_other):
+        retrieved = np.array(protocol.gallery.retrieve(pictures[number], number))
+        numbers += [number] * int(changed.sum())
+        found += retrieved[changed].tolist()
+        if changed.any():
+            drift = outside_drift(plain[number], pictures[number], protocol.examples[number].scene)
+            drifts.append((number, *drift))
+    shuffled = Table(np.array(numbers, int))
+    shuffled.add("identity_shuffled", found)
+    columns = np.array(drifts, float).reshape(-1, 3).T
+    drift = Table(columns[0].astype(int))
+    drift.add("outside", columns[1])
+    drift.add("inside", columns[2])
+    return shuffled, drift
 
 
 def measure_swapped(
-    pipeline: FluxLayoutPipeline,
-    protocol: Protocol,
-    examples: Sequence[Example],
-    measured: Measured,
-    with_layout: bool,
+    pipeline: FluxLayoutPipeline, protocol: Protocol, count: int, measured: Measured, with_layout: bool
 ) -> None:
-    """With the descriptions of two boxes exchanged: whether their colours are."""
-    pairs = pairs_to_swap(examples, protocol.seed)
+    """With the descriptions of two boxes exchanged."""
+    pairs = pairs_to_swap(protocol.examples[:count], protocol.seed)
     if not pairs:
         return
-    plain = measured.pictures["plain"]
-    pictures = plain[[number for number, *_ in pairs]]
+    pictures = measured.pictures["plain"][[number for number, *_ in pairs]]
     if with_layout:
-        items = [exchange(examples[number].item, first, second) for number, first, second in pairs]
-        common = {"seed": protocol.seed, "batch_size": protocol.batch_size}
-        pictures = draw(pipeline, items, protocol.sampling, **common).pictures
+        items = [exchange(protocol.examples[number].item, first, second) for number, first, second in pairs]
+        pictures = draw(pipeline, items, protocol.sampling, **protocol.noise).pictures
     measured.pictures["swapped"] = pictures
-    measured.swapped = Table(np.array([number for number, *_ in pairs]))
-    found = [
-        colours_swapped(plain[number], picture, examples[number].scene, first, second, protocol.scenes)
+    measured.swapped = score_swapped(protocol, measured.pictures["plain"], pictures, pairs)
+
+
+def score_swapped(
+    protocol: Protocol, plain: np.ndarray, pictures: np.ndarray, pairs: Sequence[tuple[int, int, int]]
+) -> Table:
+    """Whether the colours of two boxes are exchanged with their descriptions: `swap`, a row per pair.
+
+    Args:
+        plain: pictures by number of the layout. pictures: one for each pair, both (B, H, W, 3) uint8.
+    """
+    table = Table(np.array([number for number, *_ in pairs], int))
+    rows = [
+        colours_swapped(plain[number], picture, protocol.examples[number].scene, first, second, protocol.scenes)
         for picture, (number, first, second) in zip(pictures, pairs, strict=True)
     ]
-    measured.swapped.add("swap", found)
+    table.add("swap", rows)
+    return table
 
 
 def measure_feedback(

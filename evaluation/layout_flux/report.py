@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 
 from backlot.command_line import input_errors
@@ -60,8 +61,7 @@ def compare_all(models: Mapping[str, Measured]) -> dict[str, dict[str, Estimate]
     """Every model with the one before it; one with a bridge also with itself without."""
     names = list(models)
     found = {
-        f"{after} - {before}": compare(models[after], models[before])
-        for before, after in zip(names, names[1:], strict=False)
+        f"{after} - {before}": compare(models[after], models[before]) for before, after in itertools.pairwise(names)
     }
     for name, measured in models.items():
         if measured.without_feedback is not None:

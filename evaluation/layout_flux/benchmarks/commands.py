@@ -140,8 +140,9 @@ def generate(argv: list[str] | None = None) -> None:
     """
     settings = parse(Generate, argv, f"{PROGRAM} generate", generate.__doc__)
 
-    from evaluation.layout_flux.measure import draw_request, load_model
     from tqdm import tqdm
+
+    from evaluation.layout_flux.measure import draw_request, load_model
 
     with input_errors():
         read = read_requests(settings.requests)
