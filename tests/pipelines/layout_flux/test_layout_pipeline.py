@@ -563,7 +563,10 @@ def ip_adapter_state(transformer) -> dict[str, dict[str, Tensor]]:
         ({"boxes": BOXES, "foreground": [True, None]}, "`foreground` must be given for every box, or for none"),
         ({"boxes": BOXES, "foreground": [True, 2.0]}, r"`foreground` must be True, False or .* \[0, 1\], got 2.0"),
         ({"boxes": BOXES, "phrase_spans": [(3, 1), None]}, r"`phrase_spans` must be \(start, end\) .* got \(3, 1\)"),
-        ({"boxes": BOXES, "instance_embeds": {"face": [1, 2]}}, "`instance_embeds` must be by text, clip, dino, got face"),
+        (
+            {"boxes": BOXES, "instance_embeds": {"face": [1, 2]}},
+            "`instance_embeds` must be by text, clip, dino, got face",
+        ),
         ({"boxes": BOXES, "instance_embeds": {"dino": [torch.zeros(7), None]}}, rf"shape \({DINO},\), got \(7,\)"),
         ({"box_prompts": ["a red disc"]}, "`box_prompts` without `boxes`"),
         ({"boxes": BOXES, "height": 30}, "`height` and `width` must be multiples of 4, got 30 and 32"),
