@@ -69,7 +69,7 @@ def write(path, content):
 
 def test_layoutsam_holds_lists_as_text_and_pixels(tmp_path):
     (request,) = read_benchmark("layoutsam", write(tmp_path / "rows.json", [LAYOUTSAM]))
-    assert (request.id, request.prompt, request.width, request.height) == ("0000", "a harbour at dusk", 400, 250)
+    assert (request.id, request.prompt, request.width, request.height) == ("0000", "a harbour at dusk", 1024, 1024)
     assert request.instances[0] == Instance("cargo ship", "a yellow cargo ship with rust", (0.25, 0.2, 0.75, 1.0))
     assert request.instances[1].box == (0, 0, 1, 0.16)
 

@@ -18,8 +18,8 @@ COLUMNS = {
     "denselayout": ("id", "prompt", "width", "height", "annos"),
 }
 """What is read of a row: pictures, which can be large, are not."""
-MIG_SIDE = 512
-"""Side of the pictures of COCO-MIG, whose boxes are fractions."""
+LAYOUTSAM_SIDE, MIG_SIDE = 1024, 512
+"""Sides of the pictures that LayoutSAM-Eval, whatever its photographs' sizes, and COCO-MIG are drawn in."""
 
 
 @dataclass(frozen=True)
@@ -161,8 +161,8 @@ def _layoutsam(row: Mapping, number: int) -> Request:
     return Request(
         f"{number:04d}",
         row["global_caption"],
-        width,
-        height,
+        LAYOUTSAM_SIDE,
+        LAYOUTSAM_SIDE,
         tuple(Instance(str(label), str(caption), _box(box, width, height)) for label, caption, box in instances),
     )
 
