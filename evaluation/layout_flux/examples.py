@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from data_prep.layouts.procedural import Scene
+from data_prep.layouts.dataset import LayoutDataset
+from data_prep.layouts.procedural import ProceduralSettings, Scene
 from evaluation.layout_flux.metrics import swap_pairs
 
 Item = Mapping[str, Any]
@@ -37,6 +38,29 @@ class Example:
     @property
     def name(self) -> str:
         return self.item["sample_id"]
+
+
+def read_examples(dataset: LayoutDataset, scenes: ProceduralSettings, count: int | None = None) -> list[Example]:
+    """The first layouts of drawn scenes.
+
+    Args:
+        dataset: whose `max_objects` no scene exceeds.
+        scenes: what they were drawn by.
+        count: so many; all of them by default.
+
+    Raises:
+        ValueError: a sample is damaged, is no drawn scene, or was drawn by other settings.
+    """
+    examples = []
+    for row in range(len(dataset) if count is None else min(count, len(dataset))):
+        scene = Scene.from_caption(dataset.caption_values(row))
+        words = [(each.shape, each.colour, each.identity.texture) for each in scene.objects]
+        known = set(scenes.shapes), set(scenes.colours), set(scenes.textures)
+        fits = (scene.image_size, scene.supersample) == (scenes.image_size, scenes.supersample)
+        if not fits or not all(word in names for each in words for word, names in zip(each, known, strict=True)):
+            raise ValueError(f"sample {dataset.sample_ids[row]!r} of {dataset.folder} was drawn by another profile")
+        examples.append(Example(dataset[row], scene, tuple(dataset.references(row))))
+    return examples
 
 
 def other_references(examples: Sequence[Example], seed: int = 0) -> list[tuple[Item, np.ndarray]]:

@@ -6,13 +6,20 @@ import itertools
 from collections.abc import Mapping
 
 from backlot.command_line import input_errors
+from backlot.loading import default_device
+from data_prep.layouts.dataset import LayoutDataset
+from data_prep.layouts.procedural import ProceduralSettings
 from evaluation.layout_flux.drawing import load_model
-from evaluation.layout_flux.examples import open_examples
+from evaluation.layout_flux.examples import read_examples
 from evaluation.layout_flux.identity import Similarity
 from evaluation.layout_flux.measure import KEYS, Measured, Protocol, compare, estimates, groups_of, measure, summarise
-from evaluation.layout_flux.settings import Settings, Variants
-from evaluation.layout_flux.statistics import Estimate
+from evaluation.layout_flux.settings import Settings
+from evaluation.layout_flux.statistics import Estimate, as_json
 from evaluation.table import format_table, output_file, write_json
+from pipelines.layout_flux.encoders import LayoutEncoders
+
+MODELS = "models"
+"""Folder of small models that `prepare --models tiny` leaves beside its data."""
 
 TITLES = {
     "colour_accuracy": "colour in visible part",
@@ -70,23 +77,41 @@ def compare_all(models: Mapping[str, Measured]) -> dict[str, dict[str, Estimate]
     return found
 
 
+def open_protocol(settings: Settings) -> tuple[LayoutDataset, Protocol]:
+    """What is measured on, and how; ValueError or OSError if something of it is not what it should be."""
+    scenes = ProceduralSettings.preset(settings.profile)
+    dataset = LayoutDataset(settings.data, split=settings.split, max_objects=scenes.max_objects)
+    scenes = ProceduralSettings.preset(settings.profile, image_size=dataset.caption(0).width)
+    protocol = Protocol(
+        read_examples(dataset, scenes, settings.num_layouts),
+        scenes,
+        settings.variants(),
+        settings.sampling(),
+        Similarity(open_encoders(settings, dataset)),
+        settings.seed,
+        settings.batch_size,
+    )
+    return dataset, protocol
+
+
+def open_encoders(settings: Settings, dataset: LayoutDataset) -> LayoutEncoders:
+    """Those that the data were encoded with; ValueError if they are others."""
+    own = settings.data / MODELS
+    source = settings.encoders or (str(own) if own.is_dir() else "real")
+    encoders = LayoutEncoders.load(source, settings.device or default_device())
+    recipes = dataset.meta.recipes
+    for part, known in (("clip_vision", recipes["clip"]), ("dino", recipes["dino"])):
+        if encoders.identity(part) != known[part]:
+            raise ValueError(f"{part} of {source} is not what {settings.data} was encoded with: --encoders names it")
+    return encoders
+
+
 def report(settings: Settings) -> None:
     """Measure every model on the layouts that are named."""
     output = output_file(settings.output, settings.output.parent)
-    sampling = settings.sampling()
-    variants = Variants(**{name: getattr(settings, name) for name in Variants.model_fields})
     models: dict[str, Measured] = {}
     with input_errors():
-        data = open_examples(settings.data, settings.split, settings.num_layouts)
-        protocol = Protocol(
-            data.examples,
-            data.scenes,
-            variants,
-            sampling,
-            Similarity(data.open_encoders(settings.device)),
-            settings.seed,
-            settings.batch_size,
-        )
+        dataset, protocol = open_protocol(settings)
         for name, source in settings.named_models().items():
             pipeline = load_model(source, settings.base, settings.device, settings.dtype)
             if settings.no_layout and not models:
@@ -95,14 +120,24 @@ def report(settings: Settings) -> None:
         comparisons = compare_all(models)
         show(models, comparisons)
         content = {
-            "data": {"path": str(settings.data), "split": settings.split, "num_layouts": len(data.examples)},
+            "data": describe(settings, dataset, protocol),
             "models": settings.named_models(),
-            "sampling": sampling.model_dump(),
+            "sampling": protocol.sampling.model_dump(),
             "seed": settings.seed,
-            "comparisons": {
-                name: {key: each.to_json() for key, each in values.items()} for name, values in comparisons.items()
-            },
+            "comparisons": {name: as_json(values) for name, values in comparisons.items()},
             **{name: summarise(measured) for name, measured in models.items()},
         }
         write_json(output, content)
     print(f"\nwritten to {output}")
+
+
+def describe(settings: Settings, dataset: LayoutDataset, protocol: Protocol) -> dict:
+    """What a reader must know of the data to compare figures."""
+    return {
+        "path": str(settings.data),
+        "split": settings.split,
+        "profile": settings.profile,
+        "num_layouts": len(protocol.examples),
+        "evaluation_only": dataset.meta.evaluation_only,
+        "fingerprint": dataset.fingerprint,
+    }

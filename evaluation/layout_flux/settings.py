@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
 from backlot.command_line import DtypeName, Positional
 from backlot.config import Section
 from backlot.program_settings import DeviceSettings
+
+BenchmarkName = Literal["layoutsam", "denselayout", "cocomig"]
 
 
 class Sampling(Section):
@@ -55,8 +57,12 @@ class Settings(GenerationSettings, Variants):
     """FOLDER or NAME=FOLDER of exported pipelines, runs or adapters; each is compared with the one before it"""
     data: Path
     """layouts, prepared from procedural scenes, that no model has seen"""
-    split: str = "all"
+    split: Literal["train", "validation", "test", "all"] = "all"
     """of --data"""
+    profile: Literal["full", "demo"] = "full"
+    """by which its scenes were drawn"""
+    encoders: str | None = None
+    """folder with its CLIP and DINOv2, or `real`; by default DATA/models if it is there, or else the real ones"""
     no_layout: bool = True
     """also measure the first model's base without any layout"""
     seed: int = Field(0, ge=0)
@@ -74,6 +80,9 @@ class Settings(GenerationSettings, Variants):
         if "no_layout" in names:
             raise ValueError("no_layout is the name of the base without any layout")
         return self
+
+    def variants(self) -> Variants:
+        return Variants(**{name: getattr(self, name) for name in Variants.model_fields})
 
     def named_models(self) -> dict[str, str]:
         """Name -> folder; the folder's own name where none is given."""

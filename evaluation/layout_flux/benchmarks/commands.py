@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Self
+from typing import TYPE_CHECKING, Annotated, Self
 
 from pydantic import Field, model_validator
 
@@ -16,15 +16,11 @@ from backlot.command_line import Positional, input_errors, parse
 from backlot.config import Section
 from backlot.files import read_json, write_file
 from backlot.program_settings import DeviceSettings
-from evaluation.layout_flux.benchmarks.formats import (
-    BenchmarkName,
-    Request,
-    read_benchmark,
-    read_requests,
-    write_requests,
-)
-from evaluation.layout_flux.settings import GenerationSettings
+from evaluation.layout_flux.settings import BenchmarkName, GenerationSettings
 from evaluation.table import format_table, write_json
+
+if TYPE_CHECKING:
+    from evaluation.layout_flux.benchmarks.formats import Request
 
 PROGRAM = "python -m evaluation.layout_flux.benchmarks"
 
@@ -125,6 +121,9 @@ def requests(argv: list[str] | None = None) -> None:
     python -m evaluation.layout_flux.benchmarks requests cocomig --path mig_bench_anno.yaml --output mig.jsonl
     """
     settings = parse(Requests, argv, f"{PROGRAM} requests", requests.__doc__)
+
+    from evaluation.layout_flux.benchmarks.formats import read_benchmark, write_requests
+
     with input_errors():
         read = read_benchmark(settings.benchmark, settings.path)[: settings.num_requests]
         write_requests(read, settings.output)
@@ -142,7 +141,8 @@ def generate(argv: list[str] | None = None) -> None:
 
     from tqdm import tqdm
 
-    from evaluation.layout_flux.measure import draw_request, load_model
+    from evaluation.layout_flux.benchmarks.formats import read_requests
+    from evaluation.layout_flux.drawing import draw_request, load_model
 
     with input_errors():
         read = read_requests(settings.requests)
@@ -168,6 +168,7 @@ def detect(argv: list[str] | None = None) -> None:
 
     from backlot.loading import default_device
     from evaluation.layout_flux.benchmarks import detection
+    from evaluation.layout_flux.benchmarks.formats import read_requests
 
     with input_errors():
         read = _with_picture(read_requests(settings.requests), settings.pictures)
@@ -197,6 +198,7 @@ def questions(argv: list[str] | None = None) -> None:
     settings = parse(Questions, argv, f"{PROGRAM} questions", questions.__doc__)
 
     from evaluation.layout_flux.benchmarks import scores
+    from evaluation.layout_flux.benchmarks.formats import read_requests
 
     with input_errors():
         read = _with_picture(read_requests(settings.requests), settings.pictures)
@@ -216,6 +218,7 @@ def score(argv: list[str] | None = None) -> None:
     settings = parse(Score, argv, f"{PROGRAM} score", score.__doc__)
 
     from evaluation.layout_flux.benchmarks import scores
+    from evaluation.layout_flux.benchmarks.formats import read_requests
 
     with input_errors():
         read = read_requests(settings.requests)

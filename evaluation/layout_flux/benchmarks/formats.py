@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-import ast
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
 
 import yaml
 
-BenchmarkName = Literal["layoutsam", "denselayout", "cocomig"]
+from data_prep.layouts.importers import as_list, flatten, read_rows, scaled
+from evaluation.layout_flux.settings import BenchmarkName
+
 Box = tuple[float, float, float, float]
-COLUMNS = {
-    "layoutsam": ("global_caption", "bbox_list", "region_captions", "detail_region_captions", "width", "height"),
-    "denselayout": ("id", "prompt", "width", "height", "annos"),
-}
-"""What is read of a row: pictures, which can be large, are not."""
 LAYOUTSAM_SIDE, MIG_SIDE = 1024, 512
 """Sides of the pictures that LayoutSAM-Eval, whatever its photographs' sizes, and COCO-MIG are drawn in."""
 
@@ -70,7 +65,7 @@ def read_benchmark(name: BenchmarkName, path: Path) -> list[Request]:
         requests = list(_coco_mig(_read_mapping(path)))
     else:
         parse = {"layoutsam": _layoutsam, "denselayout": _denselayout}[name]
-        requests = [_named(path, number, parse, row) for number, row in enumerate(_rows(path, COLUMNS[name]))]
+        requests = [_named(path, number, parse, row) for number, row in enumerate(read_rows(path))]
     if not requests:
         raise ValueError(f"{path} holds no request of {name}")
     ids = [request.id for request in requests]
@@ -88,7 +83,7 @@ def write_requests(requests: Sequence[Request], path: Path) -> None:
 def read_requests(path: Path) -> list[Request]:
     """What `write_requests` wrote; ValueError if it is something else."""
     requests = []
-    for number, row in enumerate(_rows(path, ())):
+    for number, row in enumerate(read_rows(path)):
         try:
             instances = tuple(Instance(**{**each, "box": tuple(each["box"])}) for each in row["instances"])
             requests.append(Request(**{**row, "instances": instances}))
@@ -100,33 +95,7 @@ def read_requests(path: Path) -> list[Request]:
 # --- rows -----------------------------------------------------------------------------------------------------------
 
 
-def _rows(path: Path, columns: Sequence[str]) -> Iterator[Mapping]:
-    """The rows of a file, or of all files of a folder by name."""
-    if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.suffix in (".json", ".jsonl", ".parquet"))
-        if not files:
-            raise ValueError(f"{path} holds no JSON, JSON lines or parquet file")
-        for file in files:
-            yield from _rows(file, columns)
-    elif path.suffix == ".parquet":
-        yield from _parquet_rows(path, columns)
-    elif path.suffix == ".jsonl":
-        with path.open(encoding="utf-8") as lines:
-            yield from (json.loads(line) for line in lines if line.strip())
-    else:
-        rows = json.loads(path.read_text(encoding="utf-8"))
-        yield from rows if isinstance(rows, list) else [rows]
-
-
-def _parquet_rows(path: Path, columns: Sequence[str]) -> Iterator[Mapping]:
-    from pyarrow.parquet import ParquetFile
-
-    with ParquetFile(path) as file:
-        for batch in file.iter_batches(batch_size=256, columns=list(columns)):
-            yield from batch.to_pylist()
-
-
-def _named(path: Path, number: int, parse, row: Mapping) -> Request:
+def _named(path: Path, number: int, parse: Callable[[Mapping, int], Request], row: Mapping) -> Request:
     """A parsed row; what is wrong with it is said with its number."""
     try:
         return parse(row, number)
@@ -136,50 +105,36 @@ def _named(path: Path, number: int, parse, row: Mapping) -> Request:
         raise ValueError(f"{path}, row {number}: {error}") from None
 
 
-def _list(value: str | list) -> list:
-    """A list, or the text of one as Python writes it."""
-    value = ast.literal_eval(value) if isinstance(value, str) else value
-    if not isinstance(value, list):
-        raise ValueError(f"a list was expected, got {type(value).__name__}")
-    return value
+def _cut(box: Sequence[float]) -> Box:
+    """To the picture."""
+    return tuple(min(max(float(value), 0.0), 1.0) for value in box)
 
 
-def _box(values: Iterable[float], width: float, height: float) -> Box:
-    """Pixels -> fractions, cut to the picture."""
-    x1, y1, x2, y2 = (float(value) for value in values)
-    scaled = (x1 / width, y1 / height, x2 / width, y2 / height)
-    return tuple(min(max(value, 0.0), 1.0) for value in scaled)
+def _instance(label: str, caption: str, box: Sequence[float], width: int, height: int) -> Instance:
+    """An instance whose box is in pixels."""
+    return Instance(str(label), str(caption), _cut(scaled(box, width, height)))
 
 
 def _layoutsam(row: Mapping, number: int) -> Request:
     """LayoutSAM-Eval: three columns hold lists as text, boxes are pixels x1 y1 x2 y2; the id is the row's number."""
-    width, height = int(row["width"]), int(row["height"])
-    boxes, labels, captions = (_list(row[name]) for name in ("bbox_list", "region_captions", "detail_region_captions"))
+    size = int(row["width"]), int(row["height"])
+    labels, captions, boxes = (
+        as_list(row[name]) for name in ("region_captions", "detail_region_captions", "bbox_list")
+    )
     if not len(boxes) == len(labels) == len(captions):
         raise ValueError(f"{len(boxes)} boxes, {len(labels)} captions and {len(captions)} detailed captions")
-    instances = zip(labels, captions, boxes, strict=True)
-    return Request(
-        f"{number:04d}",
-        row["global_caption"],
-        LAYOUTSAM_SIDE,
-        LAYOUTSAM_SIDE,
-        tuple(Instance(str(label), str(caption), _box(box, width, height)) for label, caption, box in instances),
-    )
+    instances = tuple(_instance(*each, *size) for each in zip(labels, captions, boxes, strict=True))
+    return Request(f"{number:04d}", row["global_caption"], LAYOUTSAM_SIDE, LAYOUTSAM_SIDE, instances)
 
 
 def _denselayout(row: Mapping, number: int) -> Request:
     """DenseLayout: boxes are pixels x1 y1 x2 y2; `annos` may be a list of lists."""
-    width, height = int(row["width"]), int(row["height"])
-    annotations = [each for entry in _list(row["annos"]) for each in (entry if isinstance(entry, list) else [entry])]
-    return Request(
-        str(row["id"]),
-        row["prompt"],
-        width,
-        height,
-        tuple(
-            Instance(each["category_name"], each["caption"], _box(each["bbox"], width, height)) for each in annotations
-        ),
+    size = int(row["width"]), int(row["height"])
+    instances = tuple(
+        _instance(each["category_name"], each["caption"], each["bbox"], *size)
+        for each in flatten(as_list(row["annos"]))
     )
+    return Request(str(row["id"]), row["prompt"], *size, instances)
 
 
 # --- COCO-MIG -------------------------------------------------------------------------------------------------------
@@ -203,7 +158,7 @@ def _coco_mig(content: Mapping) -> Iterator[Request]:
             else:
                 name, prompt = str(entry["coco_id"]), str(key)
                 pairs = [(phrase, box) for phrase, boxes in entry.items() if phrase != "coco_id" for box in boxes]
-            instances = tuple(Instance(_without_article(text), text, _box(box, 1, 1)) for text, box in pairs)
+            instances = tuple(Instance(_without_article(text), text, _cut(box)) for text, box in pairs)
         except (KeyError, TypeError, ValueError) as error:
             raise ValueError(f"COCO-MIG, entry {key!r}: {type(error).__name__} {error}") from None
         yield Request(name, prompt.strip(), MIG_SIDE, MIG_SIDE, instances)
