@@ -74,7 +74,8 @@ def load_adapter(
     weights, config_file = find_adapter(folder_or_repo, subfolder, weight_name)
     try:
         config = read_json(config_file)
-        tensors = load_file(weights)
+        # copied: as they lie in the file their addresses are odd, and kernels would round otherwise than before saving
+        tensors = {name: tensor.clone() for name, tensor in load_file(weights).items()}
     except (SafetensorError, ValueError) as error:
         raise ValueError(f"{weights.parent} holds no readable layout adapter: {error}") from error
     if not isinstance(config, dict) or config.get("_class_name") != FluxLayoutAdapter.__name__:
