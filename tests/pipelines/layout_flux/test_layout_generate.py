@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -309,8 +310,18 @@ def test_the_page_answers(pipeline, tmp_path, scene):
         assert np.abs(np.asarray(Image.open(answer[0])).astype(int) - expected).max() <= 1
         assert Image.open(answer[1]).size == (256, 256)
         assert answer[2].startswith("32x32 pixels, ")
-        for text, steps, message in (("{", 2, "the objects are not JSON"), ("[]", 99, "`steps` must be in")):
+        for text, steps, message in (("{", 2, "the objects are not JSON"), ("[]", 99, "99")):
             with pytest.raises(client.exceptions.AppError, match=message):
                 visitor.predict("x", text, [], SIDE, SIDE, steps, *numbers[3:], api_name="/draw")
+        handlers = {block.fn.__name__: block for block in page.fns.values()}
+        assert handlers["click"].collects_event_data
+        text, corner = "[]", None
+        for index in ([320, 64], [64, 320]):  # of a canvas of 640 x 640
+            clicked = SimpleNamespace(index=index)
+            text, corner, canvas = handlers["click"].fn(text, corner, "a cat", None, SIDE, SIDE, clicked)
+        assert json.loads(text) == [{"prompt": "a cat", "box": [0.1, 0.1, 0.5, 0.5]}]
+        assert tuple(np.asarray(canvas)[64, 200]) == demo.INK
+        assert handlers["take_back"].fn(text, None, SIDE, SIDE)[:2] == ("[]", None)
+        assert handlers["take_back"].fn(text, (0.1, 0.1), SIDE, SIDE)[:2] == (text, None)
     finally:
         page.close()
