@@ -20,7 +20,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from backlot.files import file_sha256, read_json, write_json
+from backlot.files import file_sha256, read_json, write_file, write_json
 from pipelines.layout_flux.adapter import FluxLayoutAdapter
 
 WEIGHTS_NAME = "layout_adapter.safetensors"
@@ -29,6 +29,18 @@ RUN_CONFIG_NAME = "config.yaml"
 EXPORTED_NAME = "diffusion_pytorch_model.safetensors"
 """As a component of an exported pipeline is called."""
 MANIFEST_NAME = "manifest.json"
+CARD_NAME = "README.md"
+CARD = """---
+base_model: {base}
+library_name: diffusers
+tags: [layout, flux]
+---
+
+A layout adapter for {base}: it puts objects into boxes and keeps their identity. It loads by
+`FluxLayoutPipeline.load_layout_adapter`.
+
+FLUX.1-dev and what derives from it are under the FLUX.1 [dev] non-commercial licence, adapters trained on it included.
+"""
 _CHECKPOINT = re.compile(r"checkpoint[-_](\d+)")
 logger = logging.getLogger(__name__)
 
@@ -39,7 +51,7 @@ def save_adapter(
     weight_name: str = WEIGHTS_NAME,
     tensors: dict[str, Tensor] | None = None,
 ) -> None:
-    """Write the whole adapter, frozen parts too, in float32.
+    """Write the whole adapter, frozen parts too, in float32, with a card that says what licence it is under.
 
     Args:
         folder: made if it is not there.
@@ -56,6 +68,8 @@ def save_adapter(
     finally:
         temporary.unlink(missing_ok=True)
     write_json(folder / CONFIG_NAME, json.loads(adapter.to_json_string()))
+    if not (folder / CARD_NAME).exists():
+        write_file(folder / CARD_NAME, CARD.format(base=adapter.config.base_model or "black-forest-labs/FLUX.1-dev"))
 
 
 def load_adapter(

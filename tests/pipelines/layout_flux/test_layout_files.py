@@ -8,12 +8,13 @@ import shutil
 import pytest
 import torch
 import yaml
-from diffusers import FluxTransformer2DModel
+from diffusers import FluxPipeline, FluxTransformer2DModel
 from flux_checkpoint import FLUX, create_adapter
 from safetensors.torch import load_file, save_file
 
 from backlot.files import file_sha256, write_json
 from pipelines.layout_flux.files import load_adapter, save_adapter
+from pipelines.layout_flux.lora import export_lora, import_lora
 
 
 @pytest.fixture(scope="module")
@@ -42,7 +43,8 @@ def write_checkpoint(run, step: int, adapter, shift: float = 0.0) -> None:
 def test_an_adapter_is_one_file_in_float32_and_its_configuration(adapter, tmp_path):
     save_adapter(adapter, tmp_path / "new" / "folder")
     files = sorted(path.name for path in (tmp_path / "new" / "folder").iterdir())
-    assert files == ["config.json", "layout_adapter.safetensors"]
+    assert files == ["README.md", "config.json", "layout_adapter.safetensors"]
+    assert "non-commercial licence" in (tmp_path / "new" / "folder" / "README.md").read_text()
     tensors = load_file(tmp_path / "new" / "folder" / "layout_adapter.safetensors")
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
     assert tensors.keys() == {name for names in adapter.parts().values() for name in names}
@@ -135,3 +137,55 @@ def test_what_is_no_adapter_is_refused(adapter, tmp_path):
     (tmp_path / "config.yaml").write_text("stage: 0\n")
     with pytest.raises(ValueError, match="has no section `adapter`"):
         load_adapter(tmp_path)
+
+
+# --- the LoRA of its branch ---------------------------------------------------------------------------------------
+
+
+def test_a_lora_goes_to_pefts_format_and_back(adapter, tmp_path):
+    double = create_adapter(FluxTransformer2DModel(**FLUX), lora_alpha=8)  # of rank 4
+    path = export_lora(double, tmp_path)
+    tensors = load_file(path)
+    assert all(name.startswith("transformer.transformer_blocks.") for name in tensors)
+    pair = double.layout_heads["0"].lora["to_out_0"]
+    place = "transformer.transformer_blocks.0.attn.to_out.0"
+    assert torch.equal(tensors[f"{place}.lora_A.weight"], pair.down.weight)
+    assert torch.equal(tensors[f"{place}.lora_B.weight"], 2 * pair.up.weight)
+    x = torch.randn(3, 32)
+    other = create_adapter(FluxTransformer2DModel(**FLUX), awake=False)
+    import_lora(other, tmp_path)
+    for block, head in double.layout_heads.items():
+        for name, own in head.lora.items():
+            assert torch.allclose(other.layout_heads[block].lora[name](x), own(x), atol=1e-6)
+    bare = {name.removeprefix("transformer."): tensor for name, tensor in tensors.items()}
+    save_file(bare, tmp_path / "bare.safetensors")
+    again = create_adapter(FluxTransformer2DModel(**FLUX), awake=False, lora_alpha=8)
+    import_lora(again, tmp_path / "bare.safetensors")
+    assert same(again.layout_heads["2"].lora, double.layout_heads["2"].lora)
+
+
+def test_an_imported_lora_is_never_half_or_nothing(adapter, tmp_path):
+    path = export_lora(adapter, tmp_path)
+    tensors = load_file(path)
+    first = next(iter(tensors))
+    for changed, message in (
+        ({f"unet.{name}": tensor for name, tensor in tensors.items()}, "it lacks transformer_blocks.0.attn.add_k_proj"),
+        ({name: tensor for name, tensor in tensors.items() if name != first}, r"it lacks .* \(1 in all\)"),
+        ({**tensors, "transformer.x_embedder.lora_A.weight": torch.zeros(4, 16)}, "it holds besides x_embedder"),
+        ({**tensors, first: torch.zeros(5, 32)}, r"it has of another shape .* \(1 in all\)"),
+    ):
+        save_file(changed, path)
+        with pytest.raises(ValueError, match=message):
+            import_lora(adapter, path)
+    without = create_adapter(FluxTransformer2DModel(**FLUX), lora_rank=None)
+    with pytest.raises(ValueError, match="this adapter has no LoRA"):
+        export_lora(without, tmp_path / "none")
+
+
+def test_diffusers_loads_an_exported_lora(adapter, tmp_path):
+    pytest.importorskip("peft")
+    export_lora(adapter, tmp_path)
+    transformer = FluxTransformer2DModel(**FLUX)
+    FluxPipeline.load_lora_into_transformer(*FluxPipeline.lora_state_dict(tmp_path, return_alphas=True), transformer)
+    loaded = transformer.transformer_blocks[0].attn.to_q
+    assert torch.equal(loaded.lora_A["default_0"].weight, adapter.layout_heads["0"].lora["to_q"].down.weight)
