@@ -152,7 +152,7 @@ class FluxLayoutPipeline(ExportedPipeline, FluxPipeline):
             self.register_modules(layout_adapter=None)
 
     def save_layout_adapter(self, save_directory: str | Path, weight_name: str = WEIGHTS_NAME) -> None:
-        """Write the adapter alone, in float32, and what licence it is under.
+        """Write the adapter alone, in float32.
 
         Raises:
             ValueError: there is none.
