@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from backlot.files import json_sha256
 from data_prep.layouts.dataset import LayoutDataset
-from data_prep.layouts.procedural import ProceduralSettings, Scene
+from data_prep.layouts.format import read_meta
+from data_prep.layouts.procedural import PRESETS, ProceduralSettings, Scene
 from evaluation.layout_flux.metrics import swap_pairs
 
 Item = Mapping[str, Any]
@@ -40,27 +44,32 @@ class Example:
         return self.item["sample_id"]
 
 
-def read_examples(dataset: LayoutDataset, scenes: ProceduralSettings, count: int | None = None) -> list[Example]:
+def read_profile(folder: Path) -> ProceduralSettings:
+    """What the scenes of prepared layouts were drawn by; ValueError if they are no drawn scenes."""
+    recipe = read_meta(folder).recipes["source"]
+    for name in PRESETS:
+        with suppress(ValueError):  # some are not for pictures so small
+            scenes = ProceduralSettings.preset(name, image_size=recipe["resolution"])
+            if json_sha256(scenes.model_dump(mode="json")) == recipe.get("drawn"):
+                return scenes
+    raise ValueError(f"{folder} holds no scenes of `prepare --source procedural`, or those of another version")
+
+
+def read_examples(dataset: LayoutDataset, count: int | None = None) -> list[Example]:
     """The first layouts of drawn scenes.
 
     Args:
         dataset: whose `max_objects` no scene exceeds.
-        scenes: what they were drawn by.
         count: so many; all of them by default.
 
     Raises:
-        ValueError: a sample is damaged, is no drawn scene, or was drawn by other settings.
+        ValueError: a sample is damaged, or is no drawn scene.
     """
-    examples = []
-    for row in range(len(dataset) if count is None else min(count, len(dataset))):
-        scene = Scene.from_caption(dataset.caption_values(row))
-        words = [(each.shape, each.colour, each.identity.texture) for each in scene.objects]
-        known = set(scenes.shapes), set(scenes.colours), set(scenes.textures)
-        fits = (scene.image_size, scene.supersample) == (scenes.image_size, scenes.supersample)
-        if not fits or not all(word in names for each in words for word, names in zip(each, known, strict=True)):
-            raise ValueError(f"sample {dataset.sample_ids[row]!r} of {dataset.folder} was drawn by another profile")
-        examples.append(Example(dataset[row], scene, tuple(dataset.references(row))))
-    return examples
+    rows = range(len(dataset) if count is None else min(count, len(dataset)))
+    scenes = (Scene.from_caption(dataset.caption_values(row)) for row in rows)
+    return [
+        Example(dataset[row], scene, tuple(dataset.references(row))) for row, scene in zip(rows, scenes, strict=True)
+    ]
 
 
 def other_references(examples: Sequence[Example], seed: int = 0) -> list[tuple[Item, np.ndarray]]:

@@ -1,4 +1,4 @@
-"""Whether what was drawn is what its reference shows: retrieval by a descriptor, and similarity by encoders."""
+"""How alike what was drawn and its reference are to DINO and CLIP."""
 
 from __future__ import annotations
 
@@ -8,54 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data_prep.layouts.procedural import Identity, ProceduralSettings, draw_distractors, render_reference
 from evaluation.layout_flux.examples import Example
-from evaluation.layout_flux.metrics import Description, cosine_similarity, describe, description_distance, leakage
+from evaluation.layout_flux.metrics import cosine_similarity, leakage
 from pipelines.layout_flux.encoders import LayoutEncoders, crop_for
-
-
-class Gallery:
-    """`metrics.identity_retrieval` of many pictures: what references look like is found out once.
-
-    Args:
-        examples: by number, what pictures are asked for.
-        seed: of the other identities and their references.
-    """
-
-    def __init__(self, examples: Sequence[Example], scenes: ProceduralSettings, seed: int = 0, num_others: int = 15):
-        self.examples, self.scenes, self.seed, self.num_others = examples, scenes, seed, num_others
-        self._own: dict[tuple[int, int], Description] = {}
-        self._others: dict[tuple[Identity, int], Description] = {}
-
-    def retrieve(self, picture: np.ndarray, number: int) -> list[float]:
-        """Of each object of a picture (H, W, 3) of this example, 1 if its own reference is the nearest, else 0."""
-        found = []
-        for place, each in enumerate(self.examples[number].scene.objects):
-            own = self._own_view(number, place)
-            if own is None:
-                found.append(float("nan"))
-                continue
-            ours = describe(picture, each.box, each.colour, self.scenes)
-            others = draw_distractors(each.identity, self.seed, self.num_others)
-            distances = (description_distance(ours, self._view(other, k)) for k, other in enumerate(others))
-            nearest = description_distance(ours, own)
-            found.append(float(all(nearest < distance for distance in distances)))
-        return found
-
-    def _own_view(self, number: int, place: int) -> Description | None:
-        example = self.examples[number]
-        if example.references[place] is None:
-            return None
-        if (number, place) not in self._own:
-            colour = example.scene.objects[place].colour
-            self._own[number, place] = describe(*example.references[place], colour, self.scenes)
-        return self._own[number, place]
-
-    def _view(self, identity: Identity, k: int) -> Description:
-        if (identity, k) not in self._others:
-            view = render_reference(identity, self.seed + 1 + k, self.scenes)
-            self._others[identity, k] = describe(*view, identity.colour, self.scenes)
-        return self._others[identity, k]
 
 
 class Similarity:

@@ -11,8 +11,8 @@ from tqdm import tqdm
 from data_prep.layouts.procedural import ProceduralSettings
 from evaluation.layout_flux.drawing import Drawing, draw, flow_losses
 from evaluation.layout_flux.examples import Example, exchange, other_references, pairs_to_swap
-from evaluation.layout_flux.identity import Gallery, Similarity
-from evaluation.layout_flux.metrics import background_accuracy, colours_swapped, measure_objects, outside_drift
+from evaluation.layout_flux.identity import Similarity
+from evaluation.layout_flux.metrics import background_accuracy, colours_swapped, identity_retrieval, measure_objects, outside_drift
 from evaluation.layout_flux.settings import Sampling, Variants
 from evaluation.layout_flux.statistics import NOTHING, Estimate, Table, difference, estimate
 from pipelines.layout_flux.layout import FOREGROUND_ALPHA
@@ -44,12 +44,10 @@ class Protocol:
     similarity: Similarity | None = None
     seed: int = 0
     batch_size: int = 32
-    gallery: Gallery = field(init=False)
 
     def __post_init__(self):
         if not self.examples:
             raise ValueError("`examples` must not be empty")
-        object.__setattr__(self, "gallery", Gallery(self.examples, self.scenes))
 
     @property
     def noise(self) -> dict[str, int]:
@@ -158,7 +156,7 @@ def measure_every_object(protocol: Protocol, examples: Sequence[Example], drawin
         found = measure_objects(picture, example.scene, protocol.scenes)
         rows += found
         layouts += [number] * len(found)
-        identities += protocol.gallery.retrieve(picture, number)
+        identities += identity_retrieval(picture, example.scene, example.references, protocol.scenes)
     table = Table(np.array(layouts))
     for name in rows[0]:
         table.add(name, [row[name] for row in rows])
@@ -200,12 +198,12 @@ def score_shuffled(
     """
     numbers, found, drifts = [], [], []
     for number, changed in enumerate(is_other):
-        retrieved = np.array(protocol.gallery.retrieve(pictures[number], number))
+        example = protocol.examples[number]
+        retrieved = identity_retrieval(pictures[number], example.scene, example.references, protocol.scenes)
         numbers += [number] * int(changed.sum())
-        found += retrieved[changed].tolist()
+        found += np.array(retrieved)[changed].tolist()
         if changed.any():
-            drift = outside_drift(plain[number], pictures[number], protocol.examples[number].scene)
-            drifts.append((number, *drift))
+            drifts.append((number, *outside_drift(plain[number], pictures[number], example.scene)))
     shuffled = Table(np.array(numbers, int))
     shuffled.add("identity_shuffled", found)
     columns = np.array(drifts, float).reshape(-1, 3).T

@@ -8,18 +8,15 @@ from collections.abc import Mapping
 from backlot.command_line import input_errors
 from backlot.loading import default_device
 from data_prep.layouts.dataset import LayoutDataset
-from data_prep.layouts.procedural import ProceduralSettings
+from data_prep.layouts.prepare import MODELS
 from evaluation.layout_flux.drawing import load_model
-from evaluation.layout_flux.examples import read_examples
+from evaluation.layout_flux.examples import read_examples, read_profile
 from evaluation.layout_flux.identity import Similarity
 from evaluation.layout_flux.measure import KEYS, Measured, Protocol, compare, estimates, groups_of, measure, summarise
 from evaluation.layout_flux.settings import Settings
 from evaluation.layout_flux.statistics import Estimate, as_json
 from evaluation.table import format_table, output_file, write_json
 from pipelines.layout_flux.encoders import LayoutEncoders
-
-MODELS = "models"
-"""Folder of small models that `prepare --models tiny` leaves beside its data."""
 
 TITLES = {
     "colour_accuracy": "colour in visible part",
@@ -79,11 +76,10 @@ def compare_all(models: Mapping[str, Measured]) -> dict[str, dict[str, Estimate]
 
 def open_protocol(settings: Settings) -> tuple[LayoutDataset, Protocol]:
     """What is measured on, and how; ValueError or OSError if something of it is not what it should be."""
-    scenes = ProceduralSettings.preset(settings.profile)
+    scenes = read_profile(settings.data)
     dataset = LayoutDataset(settings.data, split=settings.split, max_objects=scenes.max_objects)
-    scenes = ProceduralSettings.preset(settings.profile, image_size=dataset.caption(0).width)
     protocol = Protocol(
-        read_examples(dataset, scenes, settings.num_layouts),
+        read_examples(dataset, settings.num_layouts),
         scenes,
         settings.variants(),
         settings.sampling(),
@@ -136,7 +132,6 @@ def describe(settings: Settings, dataset: LayoutDataset, protocol: Protocol) -> 
     return {
         "path": str(settings.data),
         "split": settings.split,
-        "profile": settings.profile,
         "num_layouts": len(protocol.examples),
         "evaluation_only": dataset.meta.evaluation_only,
         "fingerprint": dataset.fingerprint,

@@ -59,8 +59,6 @@ class Settings(GenerationSettings, Variants):
     """layouts, prepared from procedural scenes, that no model has seen"""
     split: Literal["train", "validation", "test", "all"] = "all"
     """of --data"""
-    profile: Literal["full", "demo"] = "full"
-    """by which its scenes were drawn"""
     encoders: str | None = None
     """folder with its CLIP and DINOv2, or `real`; by default DATA/models if it is there, or else the real ones"""
     no_layout: bool = True

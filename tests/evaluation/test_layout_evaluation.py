@@ -14,7 +14,10 @@ from torch.utils.data import default_collate
 
 from backlot.crops import HostBoxes
 from backlot.pictures import to_pixel_values
+from data_prep.layouts.commands import prepare
+from data_prep.layouts.dataset import LayoutDataset
 from data_prep.layouts.procedural import ProceduralSettings, draw_scene, render, render_reference
+from evaluation.layout_flux.__main__ import main
 from evaluation.layout_flux.benchmarks import Instance, Request
 from evaluation.layout_flux.drawing import (
     FLOW_SIGMAS,
@@ -25,8 +28,16 @@ from evaluation.layout_flux.drawing import (
     load_model,
     noise_generator,
 )
-from evaluation.layout_flux.examples import DESCRIPTION, Example, exchange, other_references, pairs_to_swap
-from evaluation.layout_flux.identity import Gallery, Similarity
+from evaluation.layout_flux.examples import (
+    DESCRIPTION,
+    Example,
+    exchange,
+    other_references,
+    pairs_to_swap,
+    read_examples,
+    read_profile,
+)
+from evaluation.layout_flux.identity import Similarity
 from evaluation.layout_flux.measure import (
     KEYS,
     Measured,
@@ -39,7 +50,7 @@ from evaluation.layout_flux.measure import (
     score_swapped,
     summarise,
 )
-from evaluation.layout_flux.metrics import identity_retrieval, swap_objects
+from evaluation.layout_flux.metrics import swap_objects
 from evaluation.layout_flux.settings import Sampling, Settings, Variants
 from evaluation.layout_flux.statistics import NOTHING, Table, difference, estimate
 from pipelines.layout_flux import Layout, LayoutFlux
@@ -210,20 +221,6 @@ def test_exchanged_descriptions_leave_boxes_and_depth(examples):
 
 def draw_truth(examples) -> np.ndarray:
     return np.stack([render(example.scene) for example in examples])
-
-
-def test_the_gallery_is_the_metric(examples):
-    gallery, found = Gallery(examples, DEMO), []
-    noise = np.random.default_rng(0).normal(scale=70, size=(len(examples), SIDE, SIDE, 3))
-    spoilt = (draw_truth(examples) + noise).clip(0, 255).astype(np.uint8)
-    for number, (shown, example) in enumerate(zip(spoilt, examples, strict=True)):
-        found += gallery.retrieve(shown, number)
-        assert found[-len(example.scene.objects) :] == identity_retrieval(
-            shown, example.scene, example.references, DEMO
-        )
-    assert set(found) == {0.0, 1.0}
-    lost = [Example(each.item, each.scene, (None,) * len(each.references)) for each in examples]
-    assert np.isnan(Gallery(lost, DEMO).retrieve(spoilt[0], 0)).all()
 
 
 def measure_truth(protocol: Protocol, examples) -> Measured:
@@ -413,3 +410,80 @@ def test_models_are_named_by_their_folders():
     for models, message in ((("a/x", "b/x"), "two have one name"), (("no_layout",), "the name of the base")):
         with pytest.raises(ValueError, match=message):
             Settings(models=models, data="d")
+
+
+# --- the program ----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def prepared(flux, tmp_path_factory):
+    """Layouts of identities that no training scene shows, encoded by the base's own models."""
+    folder = tmp_path_factory.mktemp("prepared")
+    arguments = ["--output_dir", str(folder), "--models", str(flux), "--device", "cpu", "--num_samples", "5"]
+    prepare([*arguments, "--profile", "demo", "--held_out", "--max_sequence_length", str(NUM_TOKENS)])
+    return folder
+
+
+def test_examples_are_what_was_prepared(prepared, encoders):
+    scenes = read_profile(prepared)
+    assert scenes == DEMO
+    dataset = LayoutDataset(prepared, split="all", max_objects=scenes.max_objects)
+    read = read_examples(dataset, 3)
+    assert [example.name for example in read] == ["scene-000000", "scene-000001", "scene-000002"]
+    for row, example in enumerate(read):
+        assert np.array_equal(render(example.scene), dataset.picture(row))
+        count = len(example.scene.objects)
+        assert example.item["valid"].tolist() == [place < count for place in range(MAX_OBJECTS)]
+        assert np.allclose(example.item["boxes"].values[:count], [each.box for each in example.scene.objects])
+        image, box = example.references[0]
+        crop = crop_for(encoders.dino_processor, picture(image), box)
+        assert torch.allclose(encoders.dino_crops(crop[None])[0], example.item["dino_embeds"][0], atol=1e-4)
+
+
+def test_the_program_prints_and_writes_everything(adapter_folder, flux, prepared, tmp_path, capsys):
+    output = tmp_path / "new" / "metrics.json"
+    few = ["--num_layouts", "4", "--num_shuffled", "3", "--num_swapped", "3", "--num_without_feedback", "2"]
+    arguments = ["--data", str(prepared), "--encoders", str(flux), *few, "--num_inference_steps", "2"]
+    main([f"one={adapter_folder}", f"two={adapter_folder}", *arguments, "--device", "cpu", "--output", str(output)])
+    content = json.loads(output.read_text())
+    assert [name for name in content if name in ("no_layout", "one", "two")] == ["no_layout", "one", "two"]
+    assert set(KEYS) <= content["no_layout"].keys() & content["two"].keys()
+    assert content["one"]["box_iou"] == content["two"]["box_iou"]
+    names = ["one - no_layout", "two - one", "one, bridge on - off", "two, bridge on - off"]
+    assert list(content["comparisons"]) == names
+    zero = content["comparisons"]["two - one"]["box_iou"]
+    assert (zero["mean"], zero["low"], zero["high"]) == (0, 0, 0)
+    assert content["data"]["num_layouts"] == 4
+    assert content["data"]["evaluation_only"] is True
+    out = capsys.readouterr().out
+    assert "colour in visible part" in out
+    assert "paired differences" in out
+    assert f"written to {output}" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("ADAPTER --data nowhere", "nowhere"),
+        ("nowhere --data DATA --encoders FLUX --num_layouts 1", "nowhere holds no layout adapter"),
+        ("ADAPTER --data DATA --encoders FLUX --base nowhere --num_layouts 1", "nowhere"),
+        ("ADAPTER --data DATA --encoders tiny", "clip_vision of tiny is not what DATA was encoded with"),
+        ("ADAPTER --data DATA --num_layouts 0", "--num_layouts 0: input should be greater than or equal to 1"),
+        ("a/x b/x --data DATA", "two have one name"),
+        ("--data DATA", "MODELS is required"),
+        ("ADAPTER --data DATA --output OUT", "OUT is a folder"),
+    ],
+)
+def test_a_wrong_argument_is_one_line_and_exit_code_2(
+    arguments, message, adapter_folder, flux, prepared, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    places = {"ADAPTER": adapter_folder, "DATA": prepared, "FLUX": flux, "OUT": tmp_path}
+    for name, path in places.items():
+        arguments, message = arguments.replace(name, str(path)), message.replace(name, str(path))
+    with pytest.raises(SystemExit) as stop:
+        main(arguments.split())
+    assert stop.value.code == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if "error" in line]
+    assert len(lines) == 1
+    assert message in lines[0]
