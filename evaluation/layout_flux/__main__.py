@@ -1,6 +1,6 @@
 """Measure layout adapters on drawn scenes that no model has seen: objects in their boxes, colours, shapes, identities.
 
-    python -m evaluation.layout_flux runs/stage1 --base outputs/base --data data/unseen
+    python -m evaluation.layout_flux runs/stage1 --base_model outputs/base --data data/unseen
     python -m evaluation.layout_flux stage1=runs/stage1 stage2=runs/stage2 stage3=runs/stage3 --data data/unseen \\
         --num_layouts 256 --num_shuffled 128 --num_swapped 128 --output metrics.json
 

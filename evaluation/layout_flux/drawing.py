@@ -51,7 +51,7 @@ def load_model(source: str, base: str | None, device: str | None = None, dtype: 
         return load_pipeline(FluxLayoutPipeline, Path(source), device, dtype)
     base = base or load_adapter(source).config.base_model
     if base is None:
-        raise ValueError(f"{source} is an adapter that does not say which FLUX it belongs to: give --base")
+        raise ValueError(f"{source} is an adapter that does not say which FLUX it belongs to: give --base_model")
     pipeline = FluxLayoutPipeline.from_pretrained(base, dtype=DTYPES[dtype])
     pipeline.to(default_device() if device is None else device)
     pipeline.load_layout_adapter(source)

@@ -12,7 +12,13 @@ from data_prep.layouts.procedural import ProceduralSettings
 from evaluation.layout_flux.drawing import Drawing, draw, flow_losses
 from evaluation.layout_flux.examples import Example, exchange, other_references, pairs_to_swap
 from evaluation.layout_flux.identity import Similarity
-from evaluation.layout_flux.metrics import background_accuracy, colours_swapped, identity_retrieval, measure_objects, outside_drift
+from evaluation.layout_flux.metrics import (
+    background_accuracy,
+    colours_swapped,
+    identity_retrieval,
+    measure_objects,
+    outside_drift,
+)
 from evaluation.layout_flux.settings import Sampling, Variants
 from evaluation.layout_flux.statistics import NOTHING, Estimate, Table, difference, estimate
 from pipelines.layout_flux.layout import FOREGROUND_ALPHA

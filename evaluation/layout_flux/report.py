@@ -109,7 +109,7 @@ def report(settings: Settings) -> None:
     with input_errors():
         dataset, protocol = open_protocol(settings)
         for name, source in settings.named_models().items():
-            pipeline = load_model(source, settings.base, settings.device, settings.dtype)
+            pipeline = load_model(source, settings.base_model, settings.device, settings.dtype)
             if settings.no_layout and not models:
                 models["no_layout"] = measure(pipeline, protocol, with_layout=False, show_progress=True)
             models[name] = measure(pipeline, protocol, show_progress=True)

@@ -30,7 +30,7 @@ class Sampling(Section):
 class GenerationSettings(DeviceSettings, Sampling):
     """A program that draws pictures with layout adapters."""
 
-    base: str | None = None
+    base_model: str | None = None
     """folder or hub id of the FLUX pipeline that adapters are loaded into; exported pipelines bring theirs"""
     dtype: DtypeName = "float32"
     """that the base computes in"""

@@ -112,7 +112,7 @@ def test_requests_survive_their_file(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("layoutsam", [LAYOUTSAM, {"width": 1, "height": 1}], "row 1: bbox_list is missing"),
+        ("layoutsam", [LAYOUTSAM, {"width": 1, "height": 1}], "row 1: region_captions is missing"),
         ("layoutsam", [{**LAYOUTSAM, "region_captions": "['one']"}], "row 0: 2 boxes, 1 captions and 2 detailed"),
         ("layoutsam", [{**LAYOUTSAM, "bbox_list": "__import__('os')"}], "row 0: malformed node"),
         ("denselayout", [DENSE, DENSE], "the id '17' occurs more than once"),
@@ -357,19 +357,19 @@ def test_colours_are_measured_on_what_fills_the_box(detector_folder, segmenter_f
 def test_from_annotations_to_scores(tmp_path, detector_folder, capsys):
     dense = write(tmp_path / "dense.json", [DENSE, {**DENSE, "id": 18}])
     requests, pictures, detections = tmp_path / "requests.jsonl", tmp_path / "pictures", tmp_path / "detections"
-    main(["requests", "denselayout", "--path", str(dense), "--output", str(requests)])
+    main(["requests", "--benchmark", "denselayout", "--path", str(dense), "--output", str(requests)])
     assert "2 requests, 4 objects" in capsys.readouterr().out
     pictures.mkdir()
     Image.new("RGB", (80, 40), "red").save(pictures / "17.jpg")
     common = ["--requests", str(requests)]
-    detect = ["detect", "denselayout", *common, "--pictures", str(pictures), "--output", str(detections)]
+    detect = ["detect", "--benchmark", "denselayout", *common, "--pictures", str(pictures), "--output", str(detections)]
     main([*detect, "--detector", str(detector_folder), "--device", "cpu"])
     assert [file.name for file in detections.iterdir()] == ["17.json"]
     (detections / "17.json").write_text(json.dumps({"instances": [found((0.1, 0.1, 0.3, 0.5)), found()]}))
     main([*detect, "--detector", str(detector_folder), "--device", "cpu"])  # what is there is not made again
     asked, answered, output = (tmp_path / name for name in ("asked.jsonl", "answered.jsonl", "scores.json"))
     folders = ["--pictures", str(pictures), "--detections", str(detections)]
-    main(["questions", "denselayout", *common, *folders, "--output", str(asked)])
+    main(["questions", "--benchmark", "denselayout", *common, *folders, "--output", str(asked)])
     rows = [json.loads(line) for line in asked.read_text().splitlines()]
     assert [(row["id"], row["instance"], row["name"]) for row in rows] == [
         ("17", 0, "color"),
@@ -377,7 +377,16 @@ def test_from_annotations_to_scores(tmp_path, detector_folder, capsys):
         ("17", 0, "shape"),
     ]
     answered.write_text("".join(json.dumps({**row, "answer": "Yes"}) + "\n" for row in rows))
-    score = ["score", "denselayout", *common, "--detections", str(detections), "--answers", str(answered)]
+    score = [
+        "score",
+        "--benchmark",
+        "denselayout",
+        *common,
+        "--detections",
+        str(detections),
+        "--answers",
+        str(answered),
+    ]
     main([*score, "--output", str(output)])
     content = json.loads(output.read_text())
     assert (content["iou"], content["shape"], content["num_missing"]) == (0.5, 0.5, 1)
@@ -391,7 +400,7 @@ def test_a_missing_detector_is_one_line(tmp_path, capsys, monkeypatch):
     Image.new("RGB", (8, 8)).save(tmp_path / "0.jpg")
     arguments = ["--requests", str(requests), "--pictures", str(tmp_path), "--output", str(tmp_path / "found")]
     with pytest.raises(SystemExit) as stop:
-        main(["detect", "denselayout", *arguments, "--detector", str(tmp_path / "nowhere")])
+        main(["detect", "--benchmark", "denselayout", *arguments, "--detector", str(tmp_path / "nowhere")])
     assert stop.value.code == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert line.startswith("the detector is not available: ")
@@ -400,16 +409,22 @@ def test_a_missing_detector_is_one_line(tmp_path, capsys, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ("requests denselayout --path nowhere.json --output x.jsonl", "nowhere.json"),
-        ("requests coco --path x --output y", "BENCHMARK coco: input should be 'layoutsam', 'denselayout' or"),
-        ("detect layoutsam --requests R --pictures . --output y", "layoutsam needs no detector"),
-        ("detect denselayout --requests R --pictures nowhere --output y", "0.jpg would be the first"),
-        ("questions cocomig --requests R --pictures . --output y", "cocomig asks nothing"),
-        ("questions denselayout --requests R --pictures . --output y", "--detections belong to denselayout"),
-        ("score layoutsam --requests R", "layoutsam needs --answers"),
-        ("score cocomig --requests R", "cocomig needs --detections"),
-        ("score cocomig --requests R --detections nowhere", "0.json would be the first"),
-        ("score cocomig --requests BAD --detections .", "row 0: not a request"),
+        ("requests --benchmark denselayout --path nowhere.json --output x.jsonl", "nowhere.json"),
+        (
+            "requests --benchmark coco --path x --output y",
+            "--benchmark coco: input should be 'layoutsam', 'dense",
+        ),
+        ("detect --benchmark layoutsam --requests R --pictures . --output y", "layoutsam needs no detector"),
+        ("detect --benchmark denselayout --requests R --pictures nowhere --output y", "0.jpg would be the first"),
+        ("questions --benchmark cocomig --requests R --pictures . --output y", "cocomig asks nothing"),
+        (
+            "questions --benchmark denselayout --requests R --pictures . --output y",
+            "--detections belong to denselayout",
+        ),
+        ("score --benchmark layoutsam --requests R", "layoutsam needs --answers"),
+        ("score --benchmark cocomig --requests R", "cocomig needs --detections"),
+        ("score --benchmark cocomig --requests R --detections nowhere", "0.json would be the first"),
+        ("score --benchmark cocomig --requests BAD --detections .", "row 0: not a request"),
     ],
 )
 def test_a_wrong_argument_is_one_line_and_exit_code_2(arguments, message, tmp_path, capsys, monkeypatch):

@@ -26,7 +26,7 @@ PROGRAM = "python -m evaluation.layout_flux.benchmarks"
 
 
 class Requests(Section):
-    benchmark: Annotated[BenchmarkName, Positional]
+    benchmark: BenchmarkName
     """layoutsam, denselayout or cocomig"""
     path: Path
     """its annotations: JSON, JSON lines, parquet, or a folder of these; mig_bench.json or mig_bench_anno.yaml"""
@@ -52,7 +52,7 @@ class Generate(GenerationSettings):
 
 
 class Detect(DeviceSettings):
-    benchmark: Annotated[BenchmarkName, Positional]
+    benchmark: BenchmarkName
     """denselayout or cocomig"""
     requests: Path
     """what the command `requests` wrote"""
@@ -73,7 +73,7 @@ class Detect(DeviceSettings):
 
 
 class Questions(Section):
-    benchmark: Annotated[BenchmarkName, Positional]
+    benchmark: BenchmarkName
     """layoutsam or denselayout"""
     requests: Path
     """what the command `requests` wrote"""
@@ -94,7 +94,7 @@ class Questions(Section):
 
 
 class Score(Section):
-    benchmark: Annotated[BenchmarkName, Positional]
+    benchmark: BenchmarkName
     """layoutsam, denselayout or cocomig"""
     requests: Path
     """what the command `requests` wrote"""
@@ -117,8 +117,8 @@ class Score(Section):
 def requests(argv: list[str] | None = None) -> None:
     """Read a benchmark's annotations and write one request per line: id, prompt, size, and objects with their boxes.
 
-    python -m evaluation.layout_flux.benchmarks requests denselayout --path DenseLayout/data --output dense.jsonl
-    python -m evaluation.layout_flux.benchmarks requests cocomig --path mig_bench_anno.yaml --output mig.jsonl
+    python -m evaluation.layout_flux.benchmarks requests --benchmark denselayout --path rows --output dense.jsonl
+    python -m evaluation.layout_flux.benchmarks requests --benchmark cocomig --path mig_bench.json --output mig.jsonl
     """
     settings = parse(Requests, argv, f"{PROGRAM} requests", requests.__doc__)
 
@@ -134,7 +134,7 @@ def requests(argv: list[str] | None = None) -> None:
 def generate(argv: list[str] | None = None) -> None:
     """Draw what a benchmark asks for, <id>.jpg, with a layout adapter. Killed, the same command goes on.
 
-    python -m evaluation.layout_flux.benchmarks generate runs/stage3 --base FLUX.1-dev --requests dense.jsonl \\
+    python -m evaluation.layout_flux.benchmarks generate runs/stage3 --base_model FLUX.1-dev --requests dense.jsonl \\
         --output pictures/dense --dtype bfloat16
     """
     settings = parse(Generate, argv, f"{PROGRAM} generate", generate.__doc__)
@@ -146,7 +146,7 @@ def generate(argv: list[str] | None = None) -> None:
 
     with input_errors():
         read = read_requests(settings.requests)
-        pipeline = load_model(settings.model, settings.base, settings.device, settings.dtype)
+        pipeline = load_model(settings.model, settings.base_model, settings.device, settings.dtype)
         settings.output.mkdir(parents=True, exist_ok=True)
         for request in tqdm([each for each in read if not _picture(settings.output, each.id).exists()], unit="picture"):
             picture = draw_request(pipeline, request, settings.sampling(), settings.seed)
@@ -159,7 +159,7 @@ def generate(argv: list[str] | None = None) -> None:
 def detect(argv: list[str] | None = None) -> None:
     """Find the objects in pictures, by the models and thresholds of a benchmark. Killed, the same command goes on.
 
-        python -m evaluation.layout_flux.benchmarks detect denselayout --requests dense.jsonl \\
+        python -m evaluation.layout_flux.benchmarks detect --benchmark denselayout --requests dense.jsonl \\
             --pictures pictures/dense --output detections/dense
     """
     settings = parse(Detect, argv, f"{PROGRAM} detect", detect.__doc__)
@@ -192,8 +192,8 @@ def detect(argv: list[str] | None = None) -> None:
 def questions(argv: list[str] | None = None) -> None:
     """Write every question that a benchmark asks about its pictures, for a vision-language model of your choice.
 
-        python -m evaluation.layout_flux.benchmarks questions layoutsam --requests sam.jsonl --pictures pictures/sam \\
-            --output questions.jsonl
+        python -m evaluation.layout_flux.benchmarks questions --benchmark layoutsam --requests sam.jsonl \\
+            --pictures pictures/sam --output questions.jsonl
     """
     settings = parse(Questions, argv, f"{PROGRAM} questions", questions.__doc__)
 
@@ -212,7 +212,7 @@ def questions(argv: list[str] | None = None) -> None:
 def score(argv: list[str] | None = None) -> None:
     """Score detections and answers by the definitions of a benchmark (evaluation/layout_flux/benchmarks/scores.py).
 
-        python -m evaluation.layout_flux.benchmarks score denselayout --requests dense.jsonl \\
+        python -m evaluation.layout_flux.benchmarks score --benchmark denselayout --requests dense.jsonl \\
             --detections detections/dense --answers answers.jsonl --output dense-scores.json
     """
     settings = parse(Score, argv, f"{PROGRAM} score", score.__doc__)
