@@ -7,7 +7,10 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     submod_attrs={
         "adapter": ["FluxLayoutAdapter"],
         "attachment": ["attach", "detach"],
+        "files": ["find_adapter", "load_adapter", "save_adapter"],
         "layout": ["DEPTH_LABELS", "FOREGROUND_ALPHA", "Layout", "LayoutState"],
+        "lora": ["export_lora", "import_lora"],
         "model": ["LayoutFlux", "LayoutFluxOutput"],
+        "pipeline": ["FluxLayoutPipeline", "FluxLayoutPipelineOutput"],
     },
 )
