@@ -547,7 +547,7 @@ def test_a_lora_of_the_user_beside_ours(flux, untrained, trained, tmp_path):
     pipeline.unload_lora_weights()
     assert differ(both, draw(pipeline, **LAYOUT)) > 1e-3
     pipeline.save_pretrained(tmp_path / "whole")
-    assert torch.equal(draw(load(tmp_path / "whole"), **LAYOUT), draw(pipeline, **LAYOUT))
+    assert differ(draw(load(tmp_path / "whole"), **LAYOUT), draw(pipeline, **LAYOUT)) < 1e-6
 
 
 def test_an_ip_adapter_beside_ours(flux, plain, untrained):
