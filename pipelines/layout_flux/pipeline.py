@@ -33,7 +33,7 @@ from backlot.loading import ExportedPipeline
 from backlot.pictures import to_pixel_values, to_rgb
 from pipelines.layout_flux import offload
 from pipelines.layout_flux.adapter import SOURCES, FluxLayoutAdapter
-from pipelines.layout_flux.attachment import attach, detach
+from pipelines.layout_flux.attachment import LayoutForward, attach, detach
 from pipelines.layout_flux.encoders import crop_for, encode_clip_crops, encode_dino_crops, phrase_tokens
 from pipelines.layout_flux.files import WEIGHTS_NAME, load_adapter, save_adapter
 from pipelines.layout_flux.inputs import Instance, collect_instances, find_phrases, to_layout
@@ -110,7 +110,9 @@ class FluxLayoutPipeline(ExportedPipeline, FluxPipeline):
         self.image_processor = VaeImageProcessor(vae_scale_factor=self.vae_scale_factor * 2)
         self.set_layout_scale()
         if layout_adapter is not None:
-            self._bind(layout_adapter)
+            if isinstance(vars(transformer).get("forward"), LayoutForward):  # of another pipeline, or of training
+                detach(transformer)
+            attach(transformer, layout_adapter)
 
     # --- the adapter ---
 
@@ -140,7 +142,8 @@ class FluxLayoutPipeline(ExportedPipeline, FluxPipeline):
             adapter.to(dtype=self.transformer.dtype)
         adapter.to(self._execution_device)
         with offload.suspended(self):
-            self._bind(adapter)
+            detach(self.transformer)
+            attach(self.transformer, adapter)
             self.register_modules(layout_adapter=adapter)
 
     def unload_layout_adapter(self) -> None:
@@ -158,10 +161,6 @@ class FluxLayoutPipeline(ExportedPipeline, FluxPipeline):
             ValueError: there is none.
         """
         save_adapter(self._need_adapter(), save_directory, weight_name)
-
-    def _bind(self, adapter: FluxLayoutAdapter) -> None:
-        detach(self.transformer)
-        attach(self.transformer, adapter)
 
     def _need_adapter(self) -> FluxLayoutAdapter:
         if self.layout_adapter is None:

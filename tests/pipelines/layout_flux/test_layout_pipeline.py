@@ -389,7 +389,6 @@ def test_a_pipeline_without_text_encoders_and_with_a_pixel_codec(flux, shared, t
     again = load(tmp_path)
     assert again.text_encoder is None
     assert differ(torch.from_numpy(draw(again, None, **arguments)), pixels) < 1e-6
-    shared._bind(shared.layout_adapter)
 
 
 def test_a_network_of_training_becomes_a_pipeline(flux, shared, trained):
@@ -399,6 +398,9 @@ def test_a_network_of_training_becomes_a_pipeline(flux, shared, trained):
     pipeline = FluxLayoutPipeline(**{**parts, "layout_adapter": network.adapter})
     pipeline.set_progress_bar_config(disable=True)
     assert torch.equal(draw(pipeline, **LAYOUT), draw(shared, **LAYOUT))
+    pipeline.enable_model_cpu_offload(device="cpu")
+    with pytest.raises(ValueError, match=r"`transformer` has a forward that is not its own: .* hooks of an offload"):
+        FluxLayoutPipeline(**pipeline.components)
 
 
 def test_an_adapter_of_another_transformer_is_refused(flux, trained, tmp_path):
@@ -521,7 +523,9 @@ def test_a_lora_of_the_user_beside_ours(flux, untrained, trained, tmp_path):
     pipeline = load(flux, untrained)
     before = draw(pipeline)
     torch.manual_seed(5)
-    settings = peft.LoraConfig(r=2, target_modules=["to_q", "to_out.0", "proj_mlp"], init_lora_weights=False)
+    settings = peft.LoraConfig(
+        r=2, lora_alpha=2, target_modules=["to_q", "to_out.0", "proj_mlp"], init_lora_weights=False
+    )
     source = load(flux)
     source.transformer.add_adapter(settings)
     weights = peft.get_peft_model_state_dict(source.transformer)
@@ -543,7 +547,7 @@ def test_a_lora_of_the_user_beside_ours(flux, untrained, trained, tmp_path):
     pipeline.unload_lora_weights()
     assert differ(both, draw(pipeline, **LAYOUT)) > 1e-3
     pipeline.save_pretrained(tmp_path / "whole")
-    assert torch.equal(draw(load(tmp_path / "whole"), **LAYOUT), draw(pipeline, **LAYOUT))
+    assert differ(draw(load(tmp_path / "whole"), **LAYOUT), draw(pipeline, **LAYOUT)) < 1e-6
 
 
 def test_an_ip_adapter_beside_ours(flux, plain, untrained):
