@@ -38,9 +38,16 @@ def tiny_flux(seed: int = 0, **changed) -> FluxTransformer2DModel:
 
 
 def tiny_adapter(transformer: FluxTransformer2DModel, stage: str = "bridge", awake: float = 0.0, **changed):
-    """Untrained, or with noise of standard deviation `awake` on all that it holds: layers that start at 0 hide faults."""
+    """Untrained, or with noise of spread `awake` on all that it holds: layers that start at 0 hide faults."""
     torch.manual_seed(1)
-    settings = {"layout_double_blocks": "every 2", "lora_rank": 4, "lora_alpha": 8, **WIDTHS, **STAGES[stage], **changed}
+    settings = {
+        "layout_double_blocks": "every 2",
+        "lora_rank": 4,
+        "lora_alpha": 8,
+        **WIDTHS,
+        **STAGES[stage],
+        **changed,
+    }
     adapter = FluxLayoutAdapter.for_transformer(transformer, **settings).eval()
     if awake:
         wake(adapter, awake)
