@@ -24,6 +24,7 @@ SOURCES = ("text", "clip", "dino")  # one token per instance each
 IMAGE_PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
 TOKEN_PROJECTIONS = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 PROJECTIONS = IMAGE_PROJECTIONS + TOKEN_PROJECTIONS
+STREAMS = ("image", "text")
 SMALL = 0.02  # spread of learned vectors that stand for a source
 ALPHA_RANGE = (0.05, 0.95)
 
@@ -44,7 +45,8 @@ class AlphaPredictor(nn.Module):
 
     def forward(self, clip_embeds: Tensor, area: Tensor, depth_labels: Tensor) -> Tensor:
         """CLIP embeddings (B, N, E), 0 where there is none; areas of the boxes and depth labels (B, N) -> (B, N)."""
-        depth = F.one_hot(depth_labels, len(DEPTH_LABELS)).to(clip_embeds.dtype)
+        labels = torch.arange(len(DEPTH_LABELS), device=depth_labels.device)  # one_hot reads values on the host
+        depth = (depth_labels[..., None] == labels).to(clip_embeds.dtype)
         features = torch.cat([clip_embeds, area[..., None].to(clip_embeds.dtype), depth], dim=-1)
         low, high = ALPHA_RANGE
         return low + (high - low) * self.linear_2(F.silu(self.linear_1(features))).squeeze(-1).float().sigmoid()
@@ -201,7 +203,7 @@ class FluxLayoutAdapter(ModelMixin, ConfigMixin):
         lora_dropout: float = 0.0,
         lora_targets: list[str] = list(PROJECTIONS),  # noqa: B006 (diffusers keeps it in config.json)
         modulation_hidden: int | None = 1024,
-        modulation_streams: list[str] = ["image", "text"],  # noqa: B006
+        modulation_streams: list[str] = list(STREAMS),  # noqa: B006
         bridge_rank: int | None = 256,
         max_refs: int = 50,
         base_model: str | None = None,
@@ -212,6 +214,10 @@ class FluxLayoutAdapter(ModelMixin, ConfigMixin):
             raise ValueError(f"`layout_blocks` must ascend within 0 ... {num_blocks - 1}, not {layout_blocks}")
         if unknown := set(lora_targets) - set(PROJECTIONS):
             raise ValueError(f"`lora_targets` must be among {', '.join(PROJECTIONS)}, not {', '.join(sorted(unknown))}")
+        if unknown := set(modulation_streams) - set(STREAMS):
+            raise ValueError(
+                f"`modulation_streams` must be among {', '.join(STREAMS)}, not {', '.join(sorted(unknown))}"
+            )
         if bridge_rank and not modulation_hidden:
             raise ValueError("`bridge_rank` without `modulation_hidden`: the bridge acts through the modulation")
         width = num_heads * head_dim
@@ -286,7 +292,7 @@ class FluxLayoutAdapter(ModelMixin, ConfigMixin):
         Raises:
             ValueError: a part that it does not have.
         """
-        names = self.parts()
+        names, parts = self.parts(), list(parts)
         if missing := [part for part in parts if not names.get(part)]:
             raise ValueError(f"this adapter has no {', '.join(missing)}")
         trainable = {name for part in parts for name in names[part]}
