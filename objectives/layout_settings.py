@@ -53,7 +53,12 @@ class DropoutConfig(Section):
 
 
 class IdentityConfig(Section):
-    """The DINO identity loss: which crops are looked at, and at which noise levels."""
+    """The DINO identity loss: what looks at which crops, and at which noise levels."""
+
+    encoder: str = "facebook/dinov2-large"
+    """DINOv2 (folder or hub name): the one that the references were embedded with."""
+    decoder: str | None = "madebyollin/taef1"
+    """`AutoencoderTiny` that latents are decoded by (folder or hub name); null: the base's own VAE."""
 
     sigma_max: float = Field(0.5, gt=0, le=1)
     """Crops of pictures with more noise than this are not worth a look."""
@@ -61,8 +66,8 @@ class IdentityConfig(Section):
     """Share of the pictures whose level is drawn from [0.02, sigma_max] instead (only where the loss has a weight)."""
     ramp_steps: int = Field(2000, ge=0)
     """Updates over which the loss grows to its weight."""
-    crop_size: int = Field(224, gt=0)
-    """Side of the crops that DINOv2 sees: a multiple of its patches."""
+    crop_size: int | None = Field(None, gt=0)
+    """Side of the crops that DINOv2 sees, a multiple of its patches; null: that of the references (112: cheaper)."""
     min_box_px: int = Field(64, gt=0)
     """Shorter side of the smallest box that is looked at."""
     max_per_image: int = Field(2, gt=0)
