@@ -1,4 +1,4 @@
-"""Draws and losses of layout training on FLUX (layout: InstanceAssemble, arXiv 2509.16691; identity: XVerse, 2506.21416).
+"""Draws and losses of layout training on FLUX (InstanceAssemble, arXiv 2509.16691; identity: XVerse, 2506.21416).
 
 sigma = 1 is noise, sigma = 0 is data: z = (1 - sigma) data + sigma noise, and a velocity is noise - data, as in
 diffusers' flow-matching schedulers. Boxes are on the host, so what is computed for which never waits for a device.
@@ -7,7 +7,8 @@ diffusers' flow-matching schedulers. Boxes are on the host, so what is computed 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -26,11 +27,22 @@ PRIOR_FOREGROUND, PRIOR_BACKGROUND = 0.75, 0.25
 # ---- noise levels ----
 
 
-def resolution_shift(
-    num_tokens: int, base_tokens: int, max_tokens: int, base_shift: float, max_shift: float
-) -> float:
+def resolution_shift(num_tokens: int, base_tokens: int, max_tokens: int, base_shift: float, max_shift: float) -> float:
     """mu = base_shift + (S - base_tokens) (max_shift - base_shift) / (max_tokens - base_tokens), S image tokens."""
     return base_shift + (num_tokens - base_tokens) * (max_shift - base_shift) / (max_tokens - base_tokens)
+
+
+def scheduler_shift(scheduler: Mapping, num_tokens: int) -> float:
+    """mu with which a flow-matching scheduler of this configuration generates a picture of so many tokens."""
+    if not scheduler["use_dynamic_shifting"]:
+        return math.log(scheduler["shift"])
+    return resolution_shift(
+        num_tokens,
+        scheduler["base_image_seq_len"],
+        scheduler["max_image_seq_len"],
+        scheduler["base_shift"],
+        scheduler["max_shift"],
+    )
 
 
 def shift_sigmas(sigmas: Tensor, mu: float) -> Tensor:
@@ -57,8 +69,7 @@ def draw_sigmas(count: int, timesteps: TimestepConfig, mu: float, p_low: float =
 # ---- conditions that are left out ----
 
 
-@dataclass
-class Kept:
+class Kept(NamedTuple):
     """What is left of a batch's conditions: masks, true where something stays."""
 
     objects: Tensor
@@ -69,12 +80,15 @@ class Kept:
     prompt: Tensor
     """(B,)"""
 
+    def to(self, device: torch.device) -> Kept:
+        return Kept(*(mask.to(device, non_blocking=True) for mask in self))
 
-def draw_kept(num_pictures: int, num_objects: int, dropout: DropoutConfig, device: torch.device) -> Kept:
-    """Independent coins for each condition of a batch, on `device`."""
+
+def draw_kept(num_pictures: int, num_objects: int, dropout: DropoutConfig) -> Kept:
+    """Independent coins for each condition of a batch, on the host."""
 
     def keep(probability: float, *shape: int) -> Tensor:
-        return torch.rand(shape, device=device) >= probability
+        return torch.rand(shape) >= probability
 
     each = num_pictures, num_objects
     return Kept(
@@ -107,18 +121,20 @@ def alpha_prior(alpha: Tensor, is_foreground: Tensor, valid: Tensor) -> Tensor:
 
 
 def choose_crops(
-    boxes: np.ndarray, sigmas: np.ndarray, picture_size: tuple[int, int], config: IdentityConfig
+    boxes: np.ndarray, sigmas: Tensor, kept: Kept, picture_size: tuple[int, int], config: IdentityConfig
 ) -> list[tuple[int, int]]:
     """Which objects the identity loss looks at: (picture, object) pairs in order, drawn on the host.
 
+    Those whose DINO embedding the network is told, in a box that is large enough, in pictures with little noise.
+
     Args:
         boxes: (B, N, 4) xyxy in [0, 1] of objects with an identity, zeros elsewhere.
-        sigmas: (B,) levels of the pictures.
+        sigmas: (B,) levels of the pictures, on the host; so is `kept`.
         picture_size: height and width in pixels.
     """
     height, width = picture_size
     sides = np.minimum((boxes[..., 2] - boxes[..., 0]) * width, (boxes[..., 3] - boxes[..., 1]) * height)
-    usable = (sides >= config.min_box_px) & (sigmas < config.sigma_max)[:, None]
+    usable = (kept.objects & kept.dino & (sigmas < config.sigma_max)[:, None]).numpy() & (sides >= config.min_box_px)
     chosen = []
     for picture, row in enumerate(usable):
         numbers = np.flatnonzero(row)
@@ -143,6 +159,38 @@ def identity_loss(embeddings: Tensor, references: Tensor, alpha: Tensor, sigmas:
     weights = (1 - sigmas).square()
     loss = (weights * alpha.detach() * (1 - cosines)).sum() / weights.sum()
     return loss, cosines.detach()
+
+
+def identity_term(
+    clean: Tensor,
+    alpha: Tensor,
+    batch: dict,
+    sigmas: Tensor,
+    kept: Kept,
+    encoder: Callable[[Tensor, list], Tensor],
+    config: IdentityConfig,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """`identity_loss` of the crops that `choose_crops` chooses; without any a zero that hangs on `clean` all the same.
+
+    Args:
+        clean: (B, C, h, w) latents that one step gives. alpha: (B, N).
+        batch: `identity_boxes` on the host, `dino_embeds` (B, N, F).
+        sigmas, kept: on the host.
+        encoder: of latents and (picture, box) pairs -> (K, F), with its `factor`, pixels along a cell of the latents.
+
+    Returns:
+        The scalar loss; for the log, pairs of sum and number of the loss and of the cosines.
+    """
+    boxes, size = batch["identity_boxes"].values, [side * encoder.factor for side in clean.shape[-2:]]
+    chosen = choose_crops(boxes, sigmas, kept, size, config)
+    if not chosen:
+        nothing = torch.zeros(2, device=clean.device)
+        return 0 * clean.sum(), {"loss/dino_identity": nothing, "metrics/dino_similarity_mean": nothing}
+    embeddings = encoder(clean, [(picture, boxes[picture, number]) for picture, number in chosen])
+    references, alphas = (torch.stack([x[place] for place in chosen]) for x in (batch["dino_embeds"], alpha))
+    levels = torch.stack([sigmas[picture] for picture, _ in chosen]).to(clean.device, non_blocking=True)
+    loss, cosines = identity_loss(embeddings, references, alphas, levels)
+    return loss, {"loss/dino_identity": mean_over(loss[None]), "metrics/dino_similarity_mean": mean_over(cosines)}
 
 
 def ramp(step: int, ramp_steps: int) -> float:
@@ -190,10 +238,26 @@ def mean_over(values: Tensor, mask: Tensor | None = None) -> Tensor:
     return torch.stack([(values * mask).sum(), mask.sum()])
 
 
-def gradient_ratio(loss: Tensor, flow_loss: Tensor, velocity: Tensor) -> Tensor:
-    """|d loss / d v| / |d flow_loss / d v| at the network's output: how hard each pulls. Scalar without gradient."""
-    pulls = [torch.autograd.grad(each, velocity, retain_graph=True)[0].float().norm() for each in (loss, flow_loss)]
-    return pulls[0] / pulls[1].clamp(min=torch.finfo(torch.float32).tiny)
+def gradient_ratio(loss: Tensor, other: Tensor, velocity: Tensor) -> Tensor:
+    """|d loss / d v| / |d other / d v| at the network's output v: how hard each pulls. (2,): ratio and 1, or zeros.
+
+    Zeros where nothing is differentiated, as in a validation.
+    """
+    if not velocity.requires_grad:
+        return velocity.new_zeros(2)
+    pulls = [torch.autograd.grad(each, velocity, retain_graph=True)[0].float().norm() for each in (loss, other)]
+    ratio = pulls[0] / pulls[1].clamp(min=torch.finfo(torch.float32).tiny)
+    return torch.stack([ratio, torch.ones_like(ratio)])
+
+
+def describe_alpha(alpha: Tensor, valid: Tensor, threshold: float) -> tuple[dict[str, Tensor], Tensor]:
+    """Mean of alpha (B, N) and share at or above the threshold, as pairs of sum and number; and all, NaN if invalid."""
+    alpha = alpha.detach().float()
+    means = {
+        "metrics/alpha_mean": mean_over(alpha, valid),
+        "metrics/alpha_fg_ratio": mean_over(alpha >= threshold, valid),
+    }
+    return means, alpha.masked_fill(~valid, torch.nan)
 
 
 def denoised(noisy: Tensor, velocity: Tensor, sigmas: Tensor) -> Tensor:

@@ -1,25 +1,24 @@
-"""Train a layout adapter on a frozen FLUX, in three stages: boxes, identity, feedback (arXiv 2509.16691, 2506.21416).
+"""Train a layout adapter on a frozen FLUX in three stages: boxes, identity, feedback (arXiv 2509.16691, 2506.21416).
 
     accelerate launch -q --config_file accelerate_configs/h100x8_ddp.yaml trainers/train_layout_flux.py \\
         --config configs/layout_flux/stage1.yaml                then stage2.yaml, and stage3.yaml
     ... --resume_from_checkpoint latest        continue where it stopped
     ... --init_from CHECKPOINT                 start from other weights than those of the stage before
 
-What trains, and which loss weighs what, stands in the configuration; `stage: base` trains a small FLUX itself. The data
+What trains and which loss weighs what stands in the configuration; `stage: base` trains a small FLUX itself. The data
 are what data_prep.layouts prepare writes; the mathematics of the losses is in objectives/layout.py.
 """
 
 from __future__ import annotations
 
-import logging
 from datetime import datetime
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import lazy_loader
 from pydantic import Field, model_validator
 
-import backlot
 import objectives
 from backlot.command_line import input_errors
 from backlot.config import Section, checked
@@ -33,7 +32,6 @@ from trainers.common.config import RunConfig, TrainingConfig
 from trainers.common.startup import load_config
 
 torch = lazy_loader.load("torch")  # like the packages above: a wrong configuration is answered before it loads
-logger = logging.getLogger(__name__)
 
 
 class DataConfig(Section):
@@ -43,7 +41,7 @@ class DataConfig(Section):
 
 class LayoutTrainingConfig(TrainingConfig):
     iteration_unit: Literal["optimizer", "micro"] = "optimizer"
-    """What the counts of a configuration mean: updates, or micro-batches (then they are divided, once, at the start)."""
+    """What counts of steps mean: updates, or micro-batches (then they are divided, once, at the start)."""
     lr_groups: dict[settings.Part, float] = {}
     """Learning rates of parts, in place of `learning_rate`."""
     resolution: int | None = Field(None, gt=0)
@@ -56,8 +54,8 @@ class Config(RunConfig):
     stage: settings.Stage
     """1 boxes, 2 identity, 3 feedback; `base`: a small FLUX without any of it."""
     init_from: str | None = None
-    """Checkpoint, run or stage whose weights it starts from; null: stages 2 and 3 look beside `training.output_dir`,
-    for stage1 and stage2."""
+    """Checkpoint, run or stage whose weights it starts from; null: stages 2 and 3 take the newest intact checkpoint of
+    stage1 or stage2 beside `training.output_dir`."""
     logging_dir: Path | None = Path("runs/logs")
     """Gets a folder stage<N>_YYYYMMDD_HHMMSS that is the run's TensorBoard log; null for none."""
     model: settings.ModelConfig = settings.ModelConfig()
@@ -66,7 +64,7 @@ class Config(RunConfig):
     modulation: settings.ModulationConfig = settings.ModulationConfig()
     bridge: settings.BridgeConfig = settings.BridgeConfig()
     adapter: dict[str, Any] | None = None
-    """What the adapter is made of. Filled in by the run, for whoever loads a checkpoint."""
+    """What the adapter is made of: filled in by the run, for whoever loads a checkpoint."""
     data: DataConfig = DataConfig()
     loss_weights: LossWeights = LossWeights()
     timesteps: TimestepConfig = TimestepConfig()
@@ -78,97 +76,175 @@ class Config(RunConfig):
 
     @model_validator(mode="after")
     def _check(self) -> Config:
-        training, trains = self.training, self.trainable.names
-        if self.stage != "base" and not trains:
+        trains, weights = self.trainable.names, self.loss_weights
+        if not trains:
             raise ValueError("`trainable` names no part: nothing would train")
-        if stray := sorted(set(training.lr_groups) - trains):
+        if stray := sorted(set(self.training.lr_groups) - trains):
             raise ValueError(f"`training.lr_groups` names {', '.join(stray)}, which `trainable` leaves as it is")
-        if self.loss_weights.dino_identity and self.stage in ("base", "1"):
-            raise ValueError(f"`loss_weights.dino_identity` must be 0: stage {self.stage} has no identity to keep")
-        if training.num_epochs and training.iteration_unit == "micro":
-            raise ValueError("`training.num_epochs` counts passes: `iteration_unit` micro has no meaning beside it")
+        if self.stage in ("base", "1") and (weights.dino_identity or weights.region_preservation):
+            raise ValueError("`loss_weights.dino_identity` and `region_preservation` must be 0 before stage 2")
+        if self.training.iteration_unit == "micro" and self.training.num_epochs:
+            raise ValueError("`training.iteration_unit` micro does not go with `num_epochs`, which counts passes")
         return self
 
     def in_updates(self, num_samples: int, num_processes: int) -> Config:
-        """Counts of micro-batches become counts of updates."""
-        config = super().in_updates(num_samples, num_processes)
-        if config.training.iteration_unit == "optimizer":
-            return config
-        each = config.training.gradient_accumulation_steps
-
-        def in_updates(section: Section, *keys: str) -> dict[str, int]:
-            return {key: -(-value // each) for key in keys if (value := getattr(section, key))}
-
-        counts = in_updates(config.training, *COUNTS)
-        changes = {"training": counts | {"iteration_unit": "optimizer"}}
-        return checked(config, changes | {"validation": in_updates(config.validation, "validation_steps")})
+        """Counts of micro-batches, too, become counts of updates."""
+        training = self.training
+        if training.iteration_unit == "micro":
+            counts = settings.divided(self, training.gradient_accumulation_steps)
+            return checked(self, {**counts, "training": {**counts["training"], "iteration_unit": "optimizer"}})
+        return super().in_updates(num_samples, num_processes)
 
 
-def find_start(config: Config) -> tuple[Config, Path | None]:
-    """Where the adapter's weights come from, if from anywhere; and the configuration, its resume spelt out.
+class Task(NamedTuple):
+    """What the loss needs besides the network and a batch."""
 
-    A checkpoint of another stage that is to be resumed is what this stage starts from.
+    mu: float
+    """Shift of the noise levels."""
+    empty_prompt: tuple
+    identity: Any
+    """layout_flux.IdentityEncoder; None where no loss looks at crops."""
+
+
+def compute_loss(run: common.TrainingRun, batch: dict, config: Config, task: Task, model=None):
+    """The loss of one micro-batch of data_prep.layouts -> (scalar, metrics, histograms).
+
+    `model` takes the network's place (validation measures the EMA).
     """
-    training, start = config.training, config.init_from
-    resumed = training.resume_from_checkpoint and settings.canonical_path(training.resume_from_checkpoint)
-    if resumed in ("latest", "auto"):
-        found = checkpoints.find_latest(training.output_dir)
-        if found is not None or resumed == "latest":
-            return config, found
-    elif resumed:
-        stage = settings.stage_of(Path(resumed))
-        if stage in (None, config.stage):
-            return checked(config, {"training": {"resume_from_checkpoint": resumed}}), Path(resumed)
-        logger.warning("%s is of stage %s: stage %s starts from its weights", resumed, stage, config.stage)
-        config, start = checked(config, {"training": {"resume_from_checkpoint": None}}), resumed
-    if start is None and config.stage in ("2", "3"):
-        start = str(training.output_dir.parent / f"stage{int(config.stage) - 1}")
-    return config, None if start is None else Path(settings.canonical_path(start))
+    objective, weights, latents = objectives.layout, config.loss_weights, batch["latents"]
+    p_low = config.dino.p_low if weights.dino_identity else 0.0
+    levels = objective.draw_sigmas(len(latents), config.timesteps, task.mu, p_low, config.dino.sigma_max)
+    kept = objective.draw_kept(*batch["valid"].shape, config.dropout)
+    layout, *prompts = layout_flux.conditions(batch, kept.to(latents.device), task.empty_prompt)
+    sigmas, noise = levels.to(latents.device, non_blocking=True), torch.randn_like(latents)
+    noisy = objectives.rectified_flow.interpolate(noise, latents, 1 - sigmas)
+    given = noisy, sigmas, *prompts, None if config.stage == "base" else layout, config.timesteps.guidance_scale
+    output = (run.model if model is None else model)(*given)
+    flow = objectives.rectified_flow.squared_error(output.velocity, noise - latents).mean()
+    loss, metrics = weights.flow_matching * flow, {"loss/flow_matching": flow, "loss/reconstruction": flow}
+    histograms = {"metrics/timesteps": 1000 * levels}
+    if output.alpha is not None:
+        prior = objective.alpha_prior(output.alpha, batch["is_foreground"], batch["valid"])
+        loss = loss + weights.alpha_prior * prior
+        told, alpha_histogram = objective.describe_alpha(output.alpha, batch["valid"], layout_flux.FOREGROUND_ALPHA)
+        metrics |= {"loss/alpha_prior": prior, **told}
+        histograms["metrics/alpha_distribution"] = alpha_histogram
+    if output.feedback_magnitude is not None:
+        metrics["metrics/feedback_magnitude"] = output.feedback_magnitude
+    if weights.dino_identity:
+        clean = objective.denoised(noisy, output.velocity, sigmas)
+        identity, told = objective.identity_term(clean, output.alpha, batch, levels, kept, task.identity, config.dino)
+        weighted = weights.dino_identity * objective.ramp(run.step, config.dino.ramp_steps) * identity
+        metrics |= told | {"metrics/dino_gradient_ratio": objective.gradient_ratio(weighted, loss, output.velocity)}
+        loss = loss + weighted
+    if weights.region_preservation:
+        changed = region_term(run, batch, output.velocity, given, config.region_preservation.probability)
+        metrics["loss/region_preservation"] = torch.stack(changed)
+        loss = loss + weights.region_preservation * changed[0]
+    rate = run.training.learning_rate * run.lr_scheduler.lr_lambdas[0](run.step)
+    metrics |= {"loss/total": loss, "metrics/timestep_mean": 1000 * sigmas.mean()}
+    metrics["metrics/learning_rate"] = torch.full((), rate, device=latents.device)
+    return loss, {name: value.detach() for name, value in metrics.items()}, histograms
 
 
-def create_adapter(config: Config, transformer, widths: dict[str, int], start: Path | None):
-    """The adapter with all parts that train or that `start` has, with its weights; what trains requires a gradient."""
-    sections = config.model, config.lora, config.modulation, config.bridge
-
-    def create(parts: set[str]):
-        torch.manual_seed(config.training.seed)
-        given = settings.adapter_settings(*sections, parts) | widths
-        return layout_flux.FluxLayoutAdapter.for_transformer(transformer, **given)
-
-    trains, absent, left = config.trainable.names, set(settings.PARTS), []
-    if start is not None:
-        whole = create(absent)
-        lacks = set(common.load_weights(whole, start, strict=False))
-        absent = {part for part, names in whole.parts().items() if lacks.issuperset(names)}
-    adapter = create(set(settings.PARTS) - absent | trains)
-    if start is not None:
-        may_lack = [name for part in absent for name in adapter.parts()[part]]
-        left = common.load_weights(adapter, start, may_lack=may_lack)
-        logger.info("weights of %s; new: %s", start, ", ".join(sorted(absent & trains)) or "nothing")
-    adapter.set_trainable(trains)
-    return adapter
+def region_term(run: common.TrainingRun, batch: dict, velocity, given: tuple, probability: float):
+    """Region preservation on a share of the micro-batches, the same on all processes -> (loss, 1), or (0, 0)."""
+    if torch.rand((), generator=run.shared_generator()) >= probability:
+        return 0 * velocity.sum(), torch.zeros((), device=velocity.device)
+    with torch.no_grad():
+        unchanged = run.network(*given, use_modulation=False).velocity
+    outside = objectives.layout.outside_boxes(batch["boxes"].values, *velocity.shape[-2:])
+    outside = outside.to(velocity.device, non_blocking=True)
+    loss = objectives.layout.region_preservation(velocity, unchanged, outside)
+    return loss, torch.ones((), device=velocity.device)
 
 
-def create_model(config: Config, dataset, start: Path | None, dtype):
-    """The base's pipeline without text encoders, and the network that trains, with an adapter but for stage `base`."""
+def validate(model, run: common.TrainingRun, config: Config, task: Task, pipeline, held_out: list[dict]):
+    """Loss on unseen pictures, and some of them drawn from their layouts: the same noise every time."""
+    section, seed, device = config.validation, config.training.seed, run.accelerator.device
+    torch.manual_seed(seed)
+    measured = []
+    for batch in common.batches_of(held_out, section.batch_size, device):
+        metrics = compute_loss(run, batch, config, task, model)[1]
+        measured.append(({k: v for k, v in metrics.items() if k in settings.VALIDATED}, len(batch["latents"])))
+    (batch,) = common.batches_of(held_out[: section.num_validation_images], section.num_validation_images, device)
+    pipeline.set_progress_bar_config(disable=True)
+    drawn = seed, section.num_inference_steps, section.guidance_scale
+    pictures, alphas = layout_flux.compare(pipeline, batch, *drawn)
+    run.log({}, histograms=alphas)
+    return common.mean_of(measured), pictures
+
+
+def open_data(config: Config):
+    """Training samples, and a list of held-out ones."""
+    with input_errors("data"):
+        folder, most = config.data.output_dir, config.model.max_refs
+        train = layouts.LayoutDataset(folder, split="train", max_objects=most)
+        held_out = layouts.LayoutDataset(folder, split="validation", max_objects=most)
+        train, held_out = (layout_flux.IdentityTargets(part) for part in (train, held_out))
+        return train, common.held_out_items(held_out, config.validation.num_samples)
+
+
+def create_model(config: Config, item: dict, start: Path | None, dtype):
+    """The base's pipeline without text encoders, and the network that trains: with an adapter, but for stage `base`."""
     name, vae = config.model.pretrained_model_name_or_path, config.model.vae
     with input_errors("model"):
         if config.stage == "base":
-            pipeline = layout_flux.base.create_pipeline(name, vae, config.model.transformer)
+            torch.manual_seed(config.training.seed)
+            pipeline = layout_flux.create_base(name, vae, config.model.transformer)
             return pipeline, layout_flux.LayoutFlux(pipeline.transformer)
-        pipeline = layout_flux.base.load_pipeline(name, vae, dtype)
-    with input_errors("init_from"):
-        adapter = create_adapter(config, pipeline.transformer, dataset.widths, start)
+        pipeline = layout_flux.load_base(name, vae, dtype)
+        layout_flux.check_size(pipeline, item, config.training.resolution)
+    load = start and partial(common.load_weights, path=start)
+    with input_errors(f"init_from (where the weights of stage {config.stage} come from)"):
+        adapter = layout_flux.create_adapter(pipeline.transformer, config, item, load)
     return pipeline, layout_flux.LayoutFlux(pipeline.transformer, adapter)
 
 
-def complete(config: Config, adapter) -> Config:
-    """The configuration with what the adapter is made of, and the factors that learning rates of its parts make."""
-    training = config.training
-    factors = {
-        settings.prefix_of(name): rate / training.learning_rate
-        for part, rate in training.lr_groups.items()
-        for name in adapter.parts()[part]
-    }
-    made_of = {key: value for key, value in adapter.config.items() if not key.startswith("_")}
-    return checked(config, {"adapter": made_of, "training": {"learning_rate_factors": factors}})
+def create_task(config: Config, dataset, item: dict, pipeline, device) -> Task:
+    """Shift of the noise levels as the base's scheduler has it, and what looks at crops."""
+    mu, section, identity = 0.0, config.dino, None
+    if config.timesteps.dynamic_shift:
+        mu = objectives.layout.scheduler_shift(pipeline.scheduler.config, layout_flux.count_tokens(item))
+    if config.loss_weights.dino_identity:
+        with input_errors("dino"):
+            given = section.encoder, section.decoder, pipeline.vae, device, section.crop_size, section.margin
+            identity = layout_flux.IdentityEncoder.load(*given)
+    return Task(mu, tuple(part.to(device) for part in dataset.empty_prompt), identity)
+
+
+def main(argv: list[str] | None = None) -> None:
+    config, start = settings.find_start(load_config(Config, argv), checkpoints.find_latest)
+    accelerator = common.create_accelerator(config)
+    dataset, held_out = open_data(config)
+    config = config.in_updates(len(dataset), accelerator.num_processes)
+    pipeline, model = create_model(config, held_out[0], start, accelerator.launch.precision.dtype)
+    config = layout_flux.complete(config, model.adapter)
+    run = common.TrainingRun(accelerator, config, model=model, dataset=dataset, trained=model.adapter)
+    run.resume()
+    network = run.inference_model
+    if model.adapter is not None and not run.is_sharded:
+        # what checkpoints are loaded from for use; its memory is that of the average, which is restored by itself
+        run.networks.modules["layout_adapter"] = network.adapter
+    if config.logging_dir is not None and run.processes.is_main:
+        layout_flux.link_logs(config.logging_dir, config.stage, run.run_dir, datetime.now())
+    pipeline.vae.to(accelerator.device)
+    task = create_task(config, dataset, held_out[0], pipeline, accelerator.device)
+    drawing = layout_flux.with_network(pipeline, network.transformer, network.adapter)
+    check = run.validation(
+        config.validation.every,
+        lambda model: validate(model, run, config, task, drawing, held_out),
+        score=lambda scalars: -scalars["loss/flow_matching"],
+    )
+    for batch in run.batches():
+        with run.accumulate():
+            loss, metrics, histograms = compute_loss(run, batch, config, task)
+            run.update(loss, metrics)
+        if run.is_due(config.training.logging_steps):
+            run.log({}, histograms=histograms)
+        check()
+    run.finish(network.adapter or layout_flux.exported(pipeline, network.transformer))
+
+
+if __name__ == "__main__":
+    main()

@@ -7,7 +7,21 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     submod_attrs={
         "adapter": ["FluxLayoutAdapter"],
         "attachment": ["attach", "detach"],
+        "identity": ["IdentityEncoder", "IdentityTargets"],
         "layout": ["DEPTH_LABELS", "FOREGROUND_ALPHA", "Layout", "LayoutState"],
+        "log_folders": ["link_logs"],
         "model": ["LayoutFlux", "LayoutFluxOutput"],
+        "pictures": ["compare", "overlay"],
+        "stages": [
+            "check_size",
+            "complete",
+            "conditions",
+            "count_tokens",
+            "create_adapter",
+            "create_base",
+            "exported",
+            "load_base",
+            "with_network",
+        ],
     },
 )

@@ -7,11 +7,32 @@ from collections.abc import Sequence
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
 from torch import Tensor
+from torch.utils.data import Dataset
 from transformers import AutoImageProcessor, BaseImageProcessor, Dinov2Model
 
 from backlot.codecs import PixelCodec, vae_scale_factor
-from backlot.crops import crop_window, cut, latent_window
+from backlot.crops import HostBoxes, crop_window, cut, latent_window
+from backlot.samples import SampleKey
 from pipelines.layout_flux.encoders import crop_side, encode_dino_crops, unscale_latents
+
+
+class IdentityTargets(Dataset):
+    """Items of a LayoutDataset, and in each `identity_boxes`: the boxes of objects whose identity is to be kept.
+
+    These are foreground objects with a reference; zeros elsewhere. On the host, where crops are chosen.
+    """
+
+    def __init__(self, dataset: Dataset):
+        self.dataset = dataset
+        self.fingerprint, self.empty_prompt = dataset.fingerprint, dataset.empty_prompt
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, key: SampleKey) -> dict:
+        item = {name: value for name, value in self.dataset[key].items() if name != "sample_id"}  # no text on a device
+        wanted = item["valid"] & item["is_foreground"] & item["has_reference"]
+        return {**item, "identity_boxes": HostBoxes(item["boxes"].values * wanted.numpy()[:, None])}
 
 
 class IdentityEncoder:
@@ -34,8 +55,10 @@ class IdentityEncoder:
     ):
         self.decoder, self.dino, self.processor = decoder.requires_grad_(False).eval(), dino, processor
         self.side, self.margin = side or crop_side(processor), margin
-        is_tiny = isinstance(decoder, AutoencoderTiny)
-        self.factor = decoder.spatial_scale_factor if is_tiny else vae_scale_factor(decoder)
+        if isinstance(decoder, AutoencoderTiny):  # its own spatial_scale_factor is a power of its number of colours
+            self.factor = 2 ** (len(decoder.config.decoder_block_out_channels) - 1)
+        else:
+            self.factor = vae_scale_factor(decoder)
         patch = dino.config.patch_size
         if self.side % patch:
             raise ValueError(f"`crop_size` must be a multiple of DINOv2's patches of {patch} pixels, not {self.side}")

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import logging
 import re
-from typing import Annotated, Literal, get_args
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Literal, TypeVar, get_args
 
 from pydantic import BeforeValidator, Field
 
-from backlot.config import Section
+from backlot.config import Section, Settings, checked
+from backlot.files import read_json
 
+S = TypeVar("S", bound=Settings)
+logger = logging.getLogger(__name__)
+VALIDATED = ("loss/flow_matching", "loss/alpha_prior")
+"""Of the loss, what a validation tells."""
 Stage = Annotated[Literal["base", "1", "2", "3"], BeforeValidator(str)]
 Part = Literal[
     "alpha_predictor", "instance_encoder", "layout_head", "assemble_attn_lora", "modulation_head", "feedback_bridge"
 ]
+PARTS: tuple[str, ...] = get_args(Part)
 Projection = Literal["to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"]
 
 # Further spellings of keys, from the guide, which has sections of its own for checkpoints, logs and pictures.
@@ -37,6 +46,31 @@ ALIASES = {
     "trainable.instance_fusion_mlp": "trainable.instance_encoder",
     "taesd": "dino.decoder",
     "data.dataloader_num_workers": "training.dataloader_num_workers",
+}
+
+# What a resumed run may change: where things lie. That the base is the same its checksum says.
+MAY_CHANGE = frozenset(
+    {
+        "init_from",
+        "logging_dir",
+        "data.output_dir",
+        "model.pretrained_model_name_or_path",
+        "adapter.base_model",
+        "training.lr_groups",
+    }
+)
+# Counts of micro-batches, with `iteration_unit: micro`.
+COUNTS = {
+    "training": (
+        "max_train_steps",
+        "lr_warmup_steps",
+        "lr_decay_steps",
+        "checkpointing_steps",
+        "keep_every_n_steps",
+        "logging_steps",
+    ),
+    "validation": ("validation_steps",),
+    "dino": ("ramp_steps",),
 }
 
 
@@ -86,6 +120,11 @@ class TrainableConfig(Section):
     modulation_head: bool = False
     feedback_bridge: bool = False
 
+    @property
+    def names(self) -> set[str]:
+        """Of the parts that learn."""
+        return {part for part in PARTS if getattr(self, part)}
+
 
 class LoraConfig(Section):
     """The layout branch's low-rank change of the base's attention projections."""
@@ -130,7 +169,69 @@ def adapter_settings(
     }
 
 
+class ValidationConfig(Section):
+    enabled: bool = True
+    validation_steps: int | None = Field(500, gt=0)
+    """Measure the loss on held-out pictures and draw some every so many updates; null for never."""
+    num_samples: int = Field(64, gt=0)
+    """Held-out pictures that the loss is measured on."""
+    num_validation_images: int = Field(4, gt=0)
+    """Drawn anew from their layouts."""
+    num_inference_steps: int = Field(28, gt=0)
+    guidance_scale: float = Field(3.5, ge=0)
+    """What a guidance-distilled base is told when pictures are drawn."""
+    batch_size: int = Field(4, gt=0)
+
+    @property
+    def every(self) -> int | None:
+        """Updates from one to the next."""
+        return self.validation_steps if self.enabled else None
+
+
 def canonical_path(path: str) -> str:
-    """The guide's spellings of a checkpoint, `checkpoint_500` and `.../checkpoint_500/model.pt`, as `checkpoint-500`."""
+    """The guide's `checkpoint_500` and `.../checkpoint_500/model.pt`, as `checkpoint-500`; other paths as they are."""
     path = re.sub(r"/model\.pt$", "", path.rstrip("/"))
     return re.sub(r"(^|/)checkpoint_(\d+)$", r"\1checkpoint-\2", path)
+
+
+def stage_of(checkpoint: Path) -> str | None:
+    """The stage whose run has written a checkpoint; None if it does not say."""
+    try:
+        return str(read_json(checkpoint / "run_state.json")["config"]["stage"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def find_start(config: S, find_latest: Callable[[Path], Path | None]) -> tuple[S, Path | None]:
+    """Where the weights of a stage come from, if from anywhere; and its configuration, its resume spelt out.
+
+    A checkpoint of another stage that is to be resumed is what this stage starts from.
+
+    Args:
+        config: of train_layout_flux.
+        find_latest: the newest intact checkpoint in a folder.
+    """
+    training, start = config.training, config.init_from
+    resumed = training.resume_from_checkpoint and canonical_path(training.resume_from_checkpoint)
+    if resumed in ("latest", "auto"):
+        found = find_latest(training.output_dir)
+        if found is not None or resumed == "latest":
+            return config, found
+    elif resumed:
+        stage = stage_of(Path(resumed))
+        if stage in (None, config.stage):
+            return checked(config, {"training": {"resume_from_checkpoint": resumed}}), Path(resumed)
+        logger.warning("%s is of stage %s: stage %s starts from its weights", resumed, stage, config.stage)
+        config, start = checked(config, {"training": {"resume_from_checkpoint": None}}), resumed
+    if start is None and config.stage in ("2", "3"):
+        start = str(training.output_dir.parent / f"stage{int(config.stage) - 1}")
+    return config, None if start is None else Path(canonical_path(start))
+
+
+def divided(config: Settings, number: int) -> dict[str, dict[str, int]]:
+    """Counts of micro-batches as counts of updates, section by section: changes for `checked`."""
+    values = config.model_dump()
+    return {
+        section: {key: -(-values[section][key] // number) for key in keys if values[section][key]}
+        for section, keys in COUNTS.items()
+    }
