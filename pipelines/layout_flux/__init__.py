@@ -7,11 +7,12 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     submod_attrs={
         "adapter": ["FluxLayoutAdapter"],
         "attachment": ["attach", "detach"],
+        "files": ["find_adapter", "load_adapter", "save_adapter"],
         "identity": ["IdentityEncoder", "IdentityTargets"],
         "layout": ["DEPTH_LABELS", "FOREGROUND_ALPHA", "Layout", "LayoutState"],
         "log_folders": ["link_logs"],
         "model": ["LayoutFlux", "LayoutFluxOutput"],
-        "pictures": ["compare", "overlay"],
+        "pictures": ["compare"],
         "stages": [
             "check_size",
             "complete",
@@ -23,5 +24,6 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
             "load_base",
             "with_network",
         ],
+        "pipeline": ["FluxLayoutPipeline", "FluxLayoutPipelineOutput"],
     },
 )

@@ -1,4 +1,7 @@
-"""A layout adapter in a folder: `layout_adapter.safetensors` and `config.json`, and where it may be looked for."""
+"""A layout adapter in a folder: `layout_adapter.safetensors` and `config.json`, and where it may be looked for.
+
+A checkpoint of training holds the weights alone; their configuration is the section `adapter` of its run's config.yaml.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import torch
+import yaml
 from accelerate import init_empty_weights
 from huggingface_hub import hf_hub_download
 from safetensors import SafetensorError
@@ -21,6 +25,7 @@ from pipelines.layout_flux.adapter import FluxLayoutAdapter
 
 WEIGHTS_NAME = "layout_adapter.safetensors"
 CONFIG_NAME = "config.json"
+RUN_CONFIG_NAME = "config.yaml"
 EXPORTED_NAME = "diffusion_pytorch_model.safetensors"
 """As a component of an exported pipeline is called."""
 MANIFEST_NAME = "manifest.json"
@@ -72,14 +77,12 @@ def load_adapter(
         ValueError: it is damaged, or not one of ours.
     """
     weights, config_file = find_adapter(folder_or_repo, subfolder, weight_name)
+    config = read_config(config_file)
     try:
-        config = read_json(config_file)
-        tensors = load_file(weights)
-    except (SafetensorError, ValueError) as error:
-        raise ValueError(f"{weights.parent} holds no readable layout adapter: {error}") from error
-    if not isinstance(config, dict) or config.get("_class_name") != FluxLayoutAdapter.__name__:
-        kind = config.get("_class_name") if isinstance(config, dict) else type(config).__name__
-        raise ValueError(f"{config_file} describes a {kind}, not a {FluxLayoutAdapter.__name__}")
+        # copied: as they lie in the file their addresses are odd, and kernels would round otherwise than before saving
+        tensors = {name: tensor.clone() for name, tensor in load_file(weights).items()}
+    except SafetensorError as error:
+        raise ValueError(f"{weights} is damaged: {error}") from error
     with init_empty_weights(include_buffers=False) if low_cpu_mem_usage else nullcontext():
         adapter = FluxLayoutAdapter.from_config(config)
     check_tensors(adapter, tensors, weights)
@@ -102,19 +105,43 @@ def check_tensors(adapter: FluxLayoutAdapter, tensors: dict[str, Tensor], source
         raise ValueError(f"{source} does not fit its configuration: {'; '.join(sorted(problems)[:3])}{more}")
 
 
+def read_config(path: Path) -> dict:
+    """The arguments of an adapter, from a config.json or a run's config.yaml; ValueError if it has none."""
+    try:
+        values = read_json(path) if path.name == CONFIG_NAME else yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (ValueError, yaml.YAMLError) as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    values = values if isinstance(values, dict) else {}
+    if path.name == CONFIG_NAME and values.get("_class_name") != FluxLayoutAdapter.__name__:
+        raise ValueError(f"{path} describes {values.get('_class_name')}, not a {FluxLayoutAdapter.__name__}")
+    config = values if path.name == CONFIG_NAME else values.get("adapter")
+    if not isinstance(config, dict):
+        raise ValueError(f"{path} has no section `adapter`: this run trained none")
+    return config
+
+
 def find_adapter(
     folder_or_repo: str | Path, subfolder: str | None = None, weight_name: str = WEIGHTS_NAME
 ) -> tuple[Path, Path]:
     """The files of weights and configuration of an adapter; arguments and errors as of `load_adapter`."""
     folder = find_folder(Path(folder_or_repo, subfolder or ""), weight_name)
     if folder is not None:
-        name = weight_name if (folder / weight_name).is_file() else EXPORTED_NAME
-        return folder / name, folder / CONFIG_NAME
+        return files_of(folder, weight_name)
     repo = str(folder_or_repo)
     if Path(repo).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
         raise FileNotFoundError(f"{Path(repo, subfolder or '')} holds no layout adapter ({weight_name}, {CONFIG_NAME})")
     weights, config = (hf_hub_download(repo, name, subfolder=subfolder) for name in (weight_name, CONFIG_NAME))
     return Path(weights), Path(config)
+
+
+def files_of(folder: Path, weight_name: str = WEIGHTS_NAME) -> tuple[Path, Path] | None:
+    """Weights and configuration in a folder; None if it has not both."""
+    configs = (folder / CONFIG_NAME, folder / RUN_CONFIG_NAME, folder.parent / RUN_CONFIG_NAME)
+    for weights, known in ((folder / weight_name, configs), (folder / EXPORTED_NAME, configs[:1])):
+        config = next((path for path in known if path.is_file()), None)
+        if weights.is_file() and config is not None:
+            return weights, config
+    return None
 
 
 def find_folder(path: Path, weight_name: str = WEIGHTS_NAME) -> Path | None:
@@ -128,7 +155,7 @@ def find_folder(path: Path, weight_name: str = WEIGHTS_NAME) -> Path | None:
     if not path.is_dir() and (match := _CHECKPOINT.fullmatch(path.name)):
         path = path.with_name(f"checkpoint-{match[1]}")
     for folder in (path, path / "layout_adapter"):
-        if is_adapter(folder, weight_name):
+        if files_of(folder, weight_name):
             if problem := damage(folder, weight_name):
                 raise ValueError(f"{folder} is damaged: {problem}")
             return folder
@@ -142,23 +169,11 @@ def newest_checkpoint(run: Path, weight_name: str = WEIGHTS_NAME) -> Path | None
         if (match := _CHECKPOINT.fullmatch(folder.name)) and folder.is_dir():
             steps[folder] = int(match[1])
     for folder in sorted(steps, key=steps.get, reverse=True):
-        if not (folder / MANIFEST_NAME).is_file():
-            problem = f"{MANIFEST_NAME}: missing"
-        elif not is_adapter(folder, weight_name):
-            problem = f"{weight_name} or {CONFIG_NAME}: missing"
-        else:
-            problem = damage(folder, weight_name)
-        if problem is None:
+        problem = damage(folder, weight_name) if (folder / MANIFEST_NAME).is_file() else f"{MANIFEST_NAME}: missing"
+        if problem is None and files_of(folder, weight_name):
             return folder
-        logger.warning("%s is damaged (%s); trying the one before it", folder, problem)
+        logger.warning("%s holds no whole adapter (%s); trying the one before it", folder, problem or "no weights")
     return None
-
-
-def is_adapter(folder: Path, weight_name: str = WEIGHTS_NAME) -> bool:
-    """Whether the files are there; that an exported component is an adapter, too, its configuration says."""
-    if not (folder / CONFIG_NAME).is_file():
-        return False
-    return (folder / weight_name).is_file() or (folder / EXPORTED_NAME).is_file()
 
 
 def damage(folder: Path, weight_name: str = WEIGHTS_NAME) -> str | None:
@@ -167,12 +182,9 @@ def damage(folder: Path, weight_name: str = WEIGHTS_NAME) -> str | None:
     if not manifest.is_file():
         return None
     try:
-        files = read_json(manifest)["files"]
-        for name in (weight_name, CONFIG_NAME):
-            if (folder / name).stat().st_size != files[name]["bytes"]:
-                return f"{name}: not of the size it had"
-            if file_sha256(folder / name) != files[name]["sha256"]:
-                return f"{name}: content changed"
+        about = read_json(manifest)["files"][weight_name]
+        if (folder / weight_name).stat().st_size != about["bytes"]:
+            return f"{weight_name}: not of the size it had"
+        return None if file_sha256(folder / weight_name) == about["sha256"] else f"{weight_name}: content changed"
     except (OSError, ValueError, KeyError, TypeError) as error:
         return f"{MANIFEST_NAME}: {type(error).__name__} {error}"
-    return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -159,23 +160,26 @@ def check_span(span: Sequence[int] | None) -> tuple[int, int] | None:
 def find_phrases(prompt: str, instances: list[Instance]) -> list[tuple[int, int] | None]:
     """The characters of the prompt that speak of each instance: those given, else its own prompt, word for word.
 
-    Where several instances have the same prompt, each takes the next place; those left over share the last.
+    Of "disc, a red disc" also "a red disc" alone will do. Where several instances have the same prompt, each takes the
+    next place; those left over share the last.
     """
-    taken: dict[str, int] = {}
+    counts = Counter()
     spans = []
     for instance in instances:
-        places = []
-        if instance.span is None and instance.prompt is not None:
-            pattern = rf"(?<!\w){re.escape(instance.prompt.strip())}(?!\w)"
-            places = [match.span() for match in re.finditer(pattern, prompt, re.IGNORECASE)]
-        if places:
-            phrase = instance.prompt.strip().lower()
-            number = taken.get(phrase, 0)
-            taken[phrase] = number + 1
-            spans.append(places[min(number, len(places) - 1)])
-        else:
-            spans.append(instance.span)
+        span = instance.span
+        if span is None and instance.prompt is not None:
+            places = occurrences(prompt, instance.prompt) or occurrences(prompt, instance.prompt.partition(", ")[2])
+            span = places[min(counts[instance.prompt], len(places) - 1)] if places else None
+            counts[instance.prompt] += 1
+        spans.append(span)
     return spans
+
+
+def occurrences(prompt: str, phrase: str) -> list[tuple[int, int]]:
+    """Where a prompt holds these words, whatever their case."""
+    phrase = phrase.strip()
+    found = re.finditer(rf"(?<!\w){re.escape(phrase)}(?!\w)", prompt, re.IGNORECASE) if phrase else ()
+    return [match.span() for match in found]
 
 
 def depth_label(box: Box) -> str:
@@ -186,9 +190,7 @@ def depth_label(box: Box) -> str:
     return "background" if area < 0.01 or centre < 0.3 else "midground"
 
 
-def to_layout(
-    instances: list[list[Instance]], spans: list[list[tuple[int, int]]], widths: dict[str, int]
-) -> Layout:
+def to_layout(instances: list[list[Instance]], spans: list[list[tuple[int, int]]], widths: dict[str, int]) -> Layout:
     """Instances, padded to the most that a picture has.
 
     Args:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from diffusers.utils import BaseOutput
 from PIL import Image
 from torch import Tensor
 from transformers import (
+    AutoImageProcessor,
     BaseImageProcessor,
     CLIPImageProcessor,
     CLIPTextModel,
@@ -135,7 +136,9 @@ class FluxLayoutPipeline(ExportedPipeline, FluxPipeline):
         """
         adapter = load_adapter(pretrained_model_name_or_path, subfolder, weight_name, low_cpu_mem_usage)
         adapter.check(self.transformer)
-        adapter.to(self._execution_device, self.transformer.dtype)
+        if adapter.dtype != self.transformer.dtype:
+            adapter.to(dtype=self.transformer.dtype)
+        adapter.to(self._execution_device)
         with offload.suspended(self):
             self._bind(adapter)
             self.register_modules(layout_adapter=adapter)
@@ -177,13 +180,15 @@ class FluxLayoutPipeline(ExportedPipeline, FluxPipeline):
         """
         known = REFERENCE_ENCODERS | (self._need_adapter().config.encoders or {})
         clip, dino = clip or known["clip"], dino or known["dino"]
+        place = {"device": self._execution_device, "dtype": self.transformer.dtype}
+        models = {
+            "clip_vision": CLIPVisionModelWithProjection.from_pretrained(clip).to(**place),
+            "clip_processor": AutoImageProcessor.from_pretrained(clip),
+            "dino": Dinov2Model.from_pretrained(dino).to(**place),
+            "dino_processor": AutoImageProcessor.from_pretrained(dino),
+        }
         with offload.suspended(self):
-            self.register_modules(
-                clip_vision=load_frozen(CLIPVisionModelWithProjection, clip, self),
-                clip_processor=load_processor(clip),
-                dino=load_frozen(Dinov2Model, dino, self),
-                dino_processor=load_processor(dino),
-            )
+            self.register_modules(**models)
 
     # --- saving and offloading: as of diffusers, with what the adapter asks for ---
 
@@ -202,7 +207,9 @@ class FluxLayoutPipeline(ExportedPipeline, FluxPipeline):
         for name in self._lora_loadable_modules:
             module = self.components[name]
             if module is not None and any(".base_layer." in key for key, _ in module.named_parameters()):
-                raise ValueError(f"`{name}` carries a LoRA, which would not be found again: `unload_lora_weights` first")
+                raise ValueError(
+                    f"`{name}` carries a LoRA, which would not be found again: `unload_lora_weights` first"
+                )
         super().save_pretrained(
             save_directory, safe_serialization=safe_serialization, variant=variant, max_shard_size=max_shard_size
         )
@@ -278,8 +285,8 @@ class FluxLayoutPipeline(ExportedPipeline, FluxPipeline):
             ValueError: an encoder is missing.
         """
         every = [instance for row in instances for instance in row]
-        self._encode_references([i for i in every if i.reference is not None and not {"clip", "dino"} <= i.embeds.keys()])
-        self._encode_texts([i for i in every if i.prompt is not None and "text" not in i.embeds])
+        self._encode_references([instance for instance in every if instance.reference is not None])
+        self._encode_texts([instance for instance in every if instance.prompt is not None])
         if prompts is None:
             spans = [[instance.span or (0, 0) for instance in row] for row in instances]
         else:
@@ -293,6 +300,7 @@ class FluxLayoutPipeline(ExportedPipeline, FluxPipeline):
 
     def _encode_texts(self, instances: list[Instance]) -> None:
         """Pooled CLIP embeddings of the prompts of boxes, by FLUX's own text encoder."""
+        instances = [instance for instance in instances if "text" not in instance.embeds]
         if not instances:
             return
         if self.text_encoder is None:
@@ -308,19 +316,20 @@ class FluxLayoutPipeline(ExportedPipeline, FluxPipeline):
             "clip": (encode_clip_crops, self.clip_vision, self.clip_processor),
             "dino": (encode_dino_crops, self.dino, self.dino_processor),
         }
-        encoders = {name: parts for name, parts in encoders.items() if parts[1] is not None}
-        if instances and not encoders:
+        if instances and self.clip_vision is None and self.dino is None:
             raise ValueError(
                 "`reference_images` need `clip_vision` and `dino`: call `load_reference_encoders`, or give their"
                 " embeddings as `instance_embeds`"
             )
         for name, (encode, model, processor) in encoders.items():
             lacking = [instance for instance in instances if name not in instance.embeds]
-            crops = [crop_for(processor, to_pixel_values(to_rgb(image)), box) for image, box in references(lacking)]
-            if crops:
-                embeds = encode(model, processor, torch.stack(crops).to(self._execution_device))
-                for instance, row in zip(lacking, embeds, strict=True):
-                    instance.embeds[name] = row
+            if model is None or not lacking:
+                continue
+            pictures = [(to_pixel_values(to_rgb(image)), box) for image, box in (i.reference for i in lacking)]
+            crops = torch.stack([crop_for(processor, *picture) for picture in pictures])
+            embeds = encode(model, processor, crops.to(self._execution_device))
+            for instance, row in zip(lacking, embeds, strict=True):
+                instance.embeds[name] = row
 
     @torch.no_grad()
     def __call__(
@@ -373,11 +382,12 @@ class FluxLayoutPipeline(ExportedPipeline, FluxPipeline):
 
         Args:
             boxes: x1 y1 x2 y2 in [0, 1] of the picture; they may overlap. None: FLUX alone.
-            box_prompts: what is in each, "disc, a striped red disc" or the like; None: unsaid.
+            box_prompts: what is in each: "a striped red disc" or, as in training, "disc, a striped red disc"; None:
+                unsaid.
             reference_images: how it looks: a picture, (picture, box in it), or None.
             foreground: True, False or a strength in [0, 1] instead of the predicted one; for all boxes or none.
             phrase_spans: where the prompt speaks of it, (start, end) of characters or None; of T5 tokens where
-                `prompt_embeds` are given. By default its own prompt is looked for in the prompt.
+                `prompt_embeds` are given. By default the box's prompt is looked for in the prompt.
             instance_embeds: by `text`, `clip`, `dino`: embeddings in place of prompts and references; None: has none.
             layout: all of these, ready; its rows are the prompts'.
             layout_scale, identity_scale: strength of the two effects; both 0: FLUX alone.
@@ -482,8 +492,7 @@ class FluxLayoutPipeline(ExportedPipeline, FluxPipeline):
         """
         encoded = flux["negative_prompt_embeds"] is not None and flux["negative_pooled_prompt_embeds"] is not None
         if flux["true_cfg_scale"] <= 1 or not (encoded or flux["negative_prompt"] is not None):
-            with nullcontext():
-                yield
+            yield
             return
         if not encoded:
             embeds, pooled, _ = self.encode_prompt(
@@ -528,10 +537,3 @@ def switching(
 def window(ratio: float, steps: int) -> int:
     """So many of the first steps are this share, at least one."""
     return max(1, math.ceil(ratio * steps - 1e-9))  # 0.1 of 30 is 3
-
-
-def references(instances: list[Instance]) -> Iterator[tuple[Image.Image, tuple[float, ...]]]:
-    """Their reference pictures with the object's box."""
-    for instance in instances:
-        if instance.reference is not None:
-            yield instance.reference
