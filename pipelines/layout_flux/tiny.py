@@ -32,17 +32,21 @@ from transformers import (
 )
 from transformers.utils.constants import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
-WORDS = (
-    "a an and the of with on in at to is are it its by from for one two three four five six seven eight several"
-    " scene picture photo image background gradient noise plain weak ground pattern texture colour color colored"
-    " coloured object objects shape shapes thing mark letter digit number composite part parts"
-    " left right top bottom centre center middle above below behind front under over near far beside between next"
-    " small large big tiny huge light dark bright pale soft"
-    " red green blue yellow orange purple violet magenta pink cyan teal brown black white grey gray navy lime olive"
-    " square disc disk circle triangle star ring cross rectangle bar box dot dots diamond heart half frame stripe"
-    " stripes flat striped stripy dotted checker checkered chequered checked solid horizontal vertical diagonal"
-    " person dog cat car bird horse tree house bottle chair table cup book ball"
-).split()
+WORDS = tuple(
+    word
+    for line in (
+        "a an and the of with on in at to is are it its by from for one two three four five six seven eight several",
+        "scene picture photo image background gradient noise plain weak ground pattern texture colour color colored",
+        "coloured object objects shape shapes thing mark letter digit number composite part parts",
+        "left right top bottom centre center middle above below behind front under over near far beside between next",
+        "small large big tiny huge light dark bright pale soft",
+        "red green blue yellow orange purple violet magenta pink cyan teal brown black white grey gray navy lime olive",
+        "square disc disk circle triangle star ring cross rectangle bar box dot dots diamond heart half frame stripe",
+        "stripes flat striped stripy dotted checker checkered chequered checked solid horizontal vertical diagonal",
+        "person dog cat car bird horse tree house bottle chair table cup book ball",
+    )
+    for word in line.split()
+)
 CHARACTERS = string.ascii_letters + string.digits + string.punctuation
 NUM_CALIBRATION = 256
 
@@ -53,7 +57,7 @@ def save_tiny_models(
     words: Sequence[str] = (),
     text_width: int = 64,
     clip_width: int = 64,
-    dino_width: int = 96,
+    dino_width: int = 128,
     crop_side: int = 56,
     latent_channels: int = 4,
     seed: int = 0,
@@ -152,7 +156,7 @@ def _texts(words: Sequence[str], text_width: int, clip_width: int) -> dict[str, 
             feed_forward_proj="gated-gelu",
         )
     )
-    _spread(text_encoder)
+    _spread(text_encoder, biased=False)
     phrases = [" ".join(words[place] for place in torch.randint(len(words), (4,))) for _ in range(NUM_CALIBRATION)]
     tokens = tokenizer(phrases, padding="longest", return_tensors="pt")
     with torch.no_grad():
@@ -196,7 +200,7 @@ def _image_encoders(clip_width: int, dino_width: int, crop_side: int) -> dict[st
     clip_vision = CLIPVisionModelWithProjection(
         CLIPVisionConfig(
             hidden_size=clip_width,
-            intermediate_size=2 * clip_width,
+            intermediate_size=4 * clip_width,
             projection_dim=clip_width,
             num_hidden_layers=2,
             num_attention_heads=4,
@@ -209,38 +213,45 @@ def _image_encoders(clip_width: int, dino_width: int, crop_side: int) -> dict[st
             hidden_size=dino_width,
             num_hidden_layers=2,
             num_attention_heads=4,
-            mlp_ratio=2,
+            mlp_ratio=4,
             image_size=crop_side,
             patch_size=8,
             layerscale_value=1.0,
         )
     )
+    nn.init.normal_(clip_vision.vision_model.embeddings.position_embedding.weight, std=1.0)
+    nn.init.normal_(dino.embeddings.position_embeddings, std=0.3)
     pictures = _blobs(NUM_CALIBRATION, crop_side)
-    with torch.no_grad():
-        for model, norm in (
-            (clip_vision.vision_model, clip_vision.vision_model.post_layernorm),
-            (dino, dino.layernorm),
-        ):
-            _spread(model)
+    norms = {clip_vision.vision_model: clip_vision.vision_model.post_layernorm, dino: dino.layernorm}
+    for model, norm in norms.items():
+        _spread(model)
+        with torch.no_grad():
             _centre(norm, model.eval()(pixel_values=pictures).pooler_output)
+    _spread(clip_vision.visual_projection)
     return {"clip_vision": clip_vision, "dino": dino}
 
 
-def _spread(model: nn.Module) -> None:
-    """Random layers that keep the variance of what passes them: with the usual small ones all inputs look alike."""
+def _spread(model: nn.Module, biased: bool = True) -> None:
+    """Random layers that keep the variance of what passes them: with the usual small ones all inputs look alike.
+
+    Args:
+        biased: with random biases: what is normalised, or bent, behind a layer would else not see how strong an input
+            is.
+    """
     for module in model.modules():
         if isinstance(module, nn.Linear | nn.Conv2d):
             nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
+            if biased and module.bias is not None:
+                nn.init.normal_(module.bias, std=1.0 if isinstance(module, nn.Conv2d) else 0.5)
 
 
 def _centre(norm: nn.LayerNorm, features: Tensor) -> None:
     """Move the mean of a last norm's features to 0: a cosine then compares what differs between inputs."""
-    norm.bias.sub_(features.mean(0))
+    norm.bias.data.sub_(features.mean(0))
 
 
 def _blobs(count: int, side: int) -> Tensor:
-    """Pictures of a coloured rectangle with a smaller one on it, standardised as encoders take them: (count, 3, side,
-    side)."""
+    """Pictures of a rectangle with a smaller one on it, (count, 3, side, side), standardised as encoders take them."""
     pictures = torch.rand(count, 3, 1, 1).repeat(1, 1, side, side)
     for low, high in ((side // 2, side), (side // 6, side // 3)):
         for picture in pictures:
