@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,6 +18,8 @@ from backlot.crops import span
 from objectives.layout_settings import DropoutConfig, IdentityConfig, TimestepConfig
 from objectives.rectified_flow import per_row
 
+FOREGROUND = 0.5
+"""Alpha from which on an object counts as foreground."""
 SMALLEST_SIGMA = 0.02
 """Of a level drawn for the identity loss."""
 PRIOR_FOREGROUND, PRIOR_BACKGROUND = 0.75, 0.25
@@ -228,6 +230,22 @@ def region_preservation(velocity: Tensor, unchanged: Tensor, outside: Tensor) ->
     return (difference * outside).sum() / (outside.sum() * velocity.shape[1]).clamp(min=1)
 
 
+def region_term(velocity: Tensor, plain: Callable[[], Any], boxes: np.ndarray, is_drawn: bool) -> Tensor:
+    """(2,): `region_preservation` and 1 where this micro-batch is drawn for it, zeros otherwise.
+
+    Args:
+        plain: the network's pass on the same input without identity; its `velocity` is compared with.
+        boxes: (B, N, 4) on the host.
+    """
+    if not is_drawn:
+        return torch.zeros(2, device=velocity.device)
+    with torch.no_grad():
+        unchanged = plain().velocity
+    outside = outside_boxes(boxes, *velocity.shape[-2:]).to(velocity.device, non_blocking=True)
+    loss = region_preservation(velocity, unchanged, outside)
+    return torch.stack([loss, torch.ones_like(loss)])
+
+
 # ---- what is logged ----
 
 
@@ -250,12 +268,12 @@ def gradient_ratio(loss: Tensor, other: Tensor, velocity: Tensor) -> Tensor:
     return torch.stack([ratio, torch.ones_like(ratio)])
 
 
-def describe_alpha(alpha: Tensor, valid: Tensor, threshold: float) -> tuple[dict[str, Tensor], Tensor]:
-    """Mean of alpha (B, N) and share at or above the threshold, as pairs of sum and number; and all, NaN if invalid."""
+def describe_alpha(alpha: Tensor, valid: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+    """Mean of alpha (B, N) and the foreground's share, as pairs of sum and number; and all of it, NaN if invalid."""
     alpha = alpha.detach().float()
     means = {
         "metrics/alpha_mean": mean_over(alpha, valid),
-        "metrics/alpha_fg_ratio": mean_over(alpha >= threshold, valid),
+        "metrics/alpha_fg_ratio": mean_over(alpha >= FOREGROUND, valid),
     }
     return means, alpha.masked_fill(~valid, torch.nan)
 

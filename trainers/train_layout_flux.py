@@ -111,52 +111,50 @@ def compute_loss(run: common.TrainingRun, batch: dict, config: Config, task: Tas
 
     `model` takes the network's place (validation measures the EMA).
     """
-    objective, weights, latents = objectives.layout, config.loss_weights, batch["latents"]
+    objective, flows, weights = objectives.layout, objectives.rectified_flow, config.loss_weights
+    latents, device = batch["latents"], batch["latents"].device
     p_low = config.dino.p_low if weights.dino_identity else 0.0
-    levels = objective.draw_sigmas(len(latents), config.timesteps, task.mu, p_low, config.dino.sigma_max)
+    low = p_low, config.dino.sigma_max
+    levels = objective.draw_sigmas(len(latents), config.timesteps, task.mu, *low)
     kept = objective.draw_kept(*batch["valid"].shape, config.dropout)
-    layout, *prompts = layout_flux.conditions(batch, kept.to(latents.device), task.empty_prompt)
-    sigmas, noise = levels.to(latents.device, non_blocking=True), torch.randn_like(latents)
-    noisy = objectives.rectified_flow.interpolate(noise, latents, 1 - sigmas)
-    given = noisy, sigmas, *prompts, None if config.stage == "base" else layout, config.timesteps.guidance_scale
+    layout, *prompts = layout_flux.conditions(batch, kept.to(device), task.empty_prompt)
+    sigmas, noise = levels.to(device, non_blocking=True), torch.randn_like(latents)
+    noisy = flows.interpolate(noise, latents, 1 - sigmas)
+    layout = None if config.stage == "base" else layout
+    given = noisy, sigmas, *prompts, layout, config.timesteps.guidance_scale
     output = (run.model if model is None else model)(*given)
-    flow = objectives.rectified_flow.squared_error(output.velocity, noise - latents).mean()
-    loss, metrics = weights.flow_matching * flow, {"loss/flow_matching": flow, "loss/reconstruction": flow}
+    flow = flows.squared_error(output.velocity, noise - latents).mean()
+    metrics = {"loss/flow_matching": flow, "loss/reconstruction": flow}
+    loss = weights.flow_matching * flow
     histograms = {"metrics/timesteps": 1000 * levels}
     if output.alpha is not None:
         prior = objective.alpha_prior(output.alpha, batch["is_foreground"], batch["valid"])
         loss = loss + weights.alpha_prior * prior
-        told, alpha_histogram = objective.describe_alpha(output.alpha, batch["valid"], layout_flux.FOREGROUND_ALPHA)
-        metrics |= {"loss/alpha_prior": prior, **told}
-        histograms["metrics/alpha_distribution"] = alpha_histogram
+        means, all_of_it = objective.describe_alpha(output.alpha, batch["valid"])
+        metrics |= {"loss/alpha_prior": prior, **means}
+        histograms["metrics/alpha_distribution"] = all_of_it
     if output.feedback_magnitude is not None:
         metrics["metrics/feedback_magnitude"] = output.feedback_magnitude
     if weights.dino_identity:
         clean = objective.denoised(noisy, output.velocity, sigmas)
-        identity, told = objective.identity_term(clean, output.alpha, batch, levels, kept, task.identity, config.dino)
-        weighted = weights.dino_identity * objective.ramp(run.step, config.dino.ramp_steps) * identity
-        metrics |= told | {"metrics/dino_gradient_ratio": objective.gradient_ratio(weighted, loss, output.velocity)}
-        loss = loss + weighted
+        seen = batch, levels, kept, task.identity, config.dino
+        identity, means = objective.identity_term(clean, output.alpha, *seen)
+        weight = weights.dino_identity * objective.ramp(run.step, config.dino.ramp_steps)
+        ratio = objective.gradient_ratio(weight * identity, loss, output.velocity)
+        metrics |= {**means, "metrics/dino_gradient_ratio": ratio}
+        loss = loss + weight * identity
     if weights.region_preservation:
-        changed = region_term(run, batch, output.velocity, given, config.region_preservation.probability)
-        metrics["loss/region_preservation"] = torch.stack(changed)
+        # the same coin on all processes: all make the second pass, or none
+        coin = torch.rand((), generator=run.shared_generator())
+        drawn = coin < config.region_preservation.probability
+        plain = partial(run.network, *given, use_modulation=False)
+        changed = objective.region_term(output.velocity, plain, batch["boxes"].values, drawn)
+        metrics["loss/region_preservation"] = changed
         loss = loss + weights.region_preservation * changed[0]
     rate = run.training.learning_rate * run.lr_scheduler.lr_lambdas[0](run.step)
     metrics |= {"loss/total": loss, "metrics/timestep_mean": 1000 * sigmas.mean()}
-    metrics["metrics/learning_rate"] = torch.full((), rate, device=latents.device)
+    metrics["metrics/learning_rate"] = torch.full((), rate, device=device)
     return loss, {name: value.detach() for name, value in metrics.items()}, histograms
-
-
-def region_term(run: common.TrainingRun, batch: dict, velocity, given: tuple, probability: float):
-    """Region preservation on a share of the micro-batches, the same on all processes -> (loss, 1), or (0, 0)."""
-    if torch.rand((), generator=run.shared_generator()) >= probability:
-        return 0 * velocity.sum(), torch.zeros((), device=velocity.device)
-    with torch.no_grad():
-        unchanged = run.network(*given, use_modulation=False).velocity
-    outside = objectives.layout.outside_boxes(batch["boxes"].values, *velocity.shape[-2:])
-    outside = outside.to(velocity.device, non_blocking=True)
-    loss = objectives.layout.region_preservation(velocity, unchanged, outside)
-    return loss, torch.ones((), device=velocity.device)
 
 
 def validate(model, run: common.TrainingRun, config: Config, task: Task, pipeline, held_out: list[dict]):
@@ -166,7 +164,8 @@ def validate(model, run: common.TrainingRun, config: Config, task: Task, pipelin
     measured = []
     for batch in common.batches_of(held_out, section.batch_size, device):
         metrics = compute_loss(run, batch, config, task, model)[1]
-        measured.append(({k: v for k, v in metrics.items() if k in settings.VALIDATED}, len(batch["latents"])))
+        told = {name: metrics[name] for name in settings.VALIDATED if name in metrics}
+        measured.append((told, len(batch["latents"])))
     (batch,) = common.batches_of(held_out[: section.num_validation_images], section.num_validation_images, device)
     pipeline.set_progress_bar_config(disable=True)
     drawn = seed, section.num_inference_steps, section.guidance_scale
@@ -220,6 +219,8 @@ def main(argv: list[str] | None = None) -> None:
     config = config.in_updates(len(dataset), accelerator.num_processes)
     pipeline, model = create_model(config, held_out[0], start, accelerator.launch.precision.dtype)
     config = layout_flux.complete(config, model.adapter)
+    pipeline.vae.to(accelerator.device)
+    task = create_task(config, dataset, held_out[0], pipeline, accelerator.device)
     run = common.TrainingRun(accelerator, config, model=model, dataset=dataset, trained=model.adapter)
     run.resume()
     network = run.inference_model
@@ -228,8 +229,6 @@ def main(argv: list[str] | None = None) -> None:
         run.networks.modules["layout_adapter"] = network.adapter
     if config.logging_dir is not None and run.processes.is_main:
         layout_flux.link_logs(config.logging_dir, config.stage, run.run_dir, datetime.now())
-    pipeline.vae.to(accelerator.device)
-    task = create_task(config, dataset, held_out[0], pipeline, accelerator.device)
     drawing = layout_flux.with_network(pipeline, network.transformer, network.adapter)
     check = run.validation(
         config.validation.every,

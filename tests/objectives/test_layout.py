@@ -114,7 +114,7 @@ def test_padding_has_no_say_in_the_prior_and_neither_has_the_batch():
 
 def test_alpha_is_described_over_what_is_valid():
     valid = torch.tensor([[True, True, False]])
-    told, values = layout.describe_alpha(torch.tensor([[0.5, 0.2, 0.9]]), valid, 0.5)
+    told, values = layout.describe_alpha(torch.tensor([[0.5, 0.2, 0.9]]), valid)
     assert told["metrics/alpha_mean"].tolist() == pytest.approx([0.7, 2])
     assert told["metrics/alpha_fg_ratio"].tolist() == [1, 2]  # exactly 0.5 counts as foreground
     assert values.isnan().tolist() == [[False, False, True]]
