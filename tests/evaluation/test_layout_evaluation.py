@@ -19,6 +19,8 @@ from data_prep.layouts.dataset import LayoutDataset
 from data_prep.layouts.procedural import ProceduralSettings, draw_scene, render, render_reference
 from evaluation.layout_flux.__main__ import main
 from evaluation.layout_flux.benchmarks import Instance, Request
+from evaluation.layout_flux.benchmarks.__main__ import main as run_benchmarks
+from evaluation.layout_flux.benchmarks.formats import write_requests
 from evaluation.layout_flux.drawing import (
     FLOW_SIGMAS,
     Drawing,
@@ -402,6 +404,26 @@ def test_a_benchmark_s_picture_takes_its_boxes(pipeline):
     assert shown.size == (SIDE, SIDE)
     empty = Request("1", "a red cup", SIDE, SIDE, ())
     assert draw_request(pipeline, empty, SAMPLING, 0) != shown
+
+
+def test_pictures_of_a_benchmark_are_named_by_their_ids_and_made_once(adapter_folder, tmp_path, capsys):
+    box = (0.0, 0.0, 0.5, 1.0)
+    requests = [
+        Request(name, "a red cup", SIDE, SIDE, (Instance("cup", "a red cup", box),)) for name in ("0007", "x-1")
+    ]
+    write_requests(requests, tmp_path / "requests.jsonl")
+    output = tmp_path / "pictures"
+    arguments = [str(adapter_folder), "--requests", str(tmp_path / "requests.jsonl"), "--output", str(output)]
+    arguments = ["generate", *arguments, "--num_inference_steps", "1", "--device", "cpu"]
+    run_benchmarks(arguments)
+    assert sorted(file.name for file in output.iterdir()) == ["0007.jpg", "x-1.jpg"]
+    assert Image.open(output / "0007.jpg").size == (SIDE, SIDE)
+    before = (output / "0007.jpg").stat().st_mtime_ns
+    (output / "x-1.jpg").unlink()
+    run_benchmarks(arguments)
+    assert (output / "0007.jpg").stat().st_mtime_ns == before
+    assert (output / "x-1.jpg").exists()
+    assert f"{output}: 2 pictures" in capsys.readouterr().out
 
 
 def test_models_are_named_by_their_folders():
