@@ -21,7 +21,7 @@ from pydantic import Field, model_validator
 
 import objectives
 from backlot.command_line import input_errors
-from backlot.config import Section, checked
+from backlot.config import checked
 from data_prep import layouts
 from objectives.layout_settings import DropoutConfig, IdentityConfig, LossWeights, RegionConfig, TimestepConfig
 from pipelines import layout_flux
@@ -32,11 +32,6 @@ from trainers.common.config import RunConfig, TrainingConfig
 from trainers.common.startup import load_config
 
 torch = lazy_loader.load("torch")  # like the packages above: a wrong configuration is answered before it loads
-
-
-class DataConfig(Section):
-    output_dir: Path = Path("output_data")
-    """What data_prep.layouts prepare has written."""
 
 
 class LayoutTrainingConfig(TrainingConfig):
@@ -65,7 +60,7 @@ class Config(RunConfig):
     bridge: settings.BridgeConfig = settings.BridgeConfig()
     adapter: dict[str, Any] | None = None
     """What the adapter is made of: filled in by the run, for whoever loads a checkpoint."""
-    data: DataConfig = DataConfig()
+    data: settings.DataConfig = settings.DataConfig()
     loss_weights: LossWeights = LossWeights()
     timesteps: TimestepConfig = TimestepConfig()
     dropout: DropoutConfig = DropoutConfig()
@@ -177,8 +172,8 @@ def validate(model, run: common.TrainingRun, config: Config, task: Task, pipelin
 def open_data(config: Config):
     """Training samples, and a list of held-out ones."""
     with input_errors("data"):
-        folder, most = config.data.output_dir, config.model.max_refs
-        train = layouts.LayoutDataset(folder, split="train", max_objects=most)
+        folder, most, keep = config.data.output_dir, config.model.max_refs, config.data.keep_in_memory
+        train = layouts.LayoutDataset(folder, split="train", max_objects=most, keep_in_memory=keep)
         held_out = layouts.LayoutDataset(folder, split="validation", max_objects=most)
         train, held_out = (layout_flux.IdentityTargets(part) for part in (train, held_out))
         return train, common.held_out_items(held_out, config.validation.num_samples)

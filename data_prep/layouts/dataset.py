@@ -62,13 +62,16 @@ class LayoutDataset(Dataset):
         folder: with `manifest.jsonl`.
         split: one of `SPLITS`.
         max_objects: N, at least 1.
+        keep_in_memory: read each sample once.
 
     Raises:
         ValueError: an argument is out of range, the folder is not prepared, the split is empty, or the data are for
             evaluation only and `split` is train. Reading an item raises it for a damaged sample.
     """
 
-    def __init__(self, folder: str | Path, *, split: str = "train", max_objects: int = MAX_OBJECTS):
+    def __init__(
+        self, folder: str | Path, *, split: str = "train", max_objects: int = MAX_OBJECTS, keep_in_memory: bool = False
+    ):
         if split not in SPLITS:
             raise ValueError(f"`split` must be one of {', '.join(SPLITS)}, got {split!r}")
         if max_objects < 1:
@@ -89,6 +92,7 @@ class LayoutDataset(Dataset):
         if not self._rows:
             raise ValueError(f"`split` {split!r} of {folder} is empty")
         self.sample_ids = [row["image_id"] for row in self._rows]
+        self._kept: dict[int, dict] | None = {} if keep_in_memory else None
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -130,7 +134,13 @@ class LayoutDataset(Dataset):
         row = int(key)
         if not 0 <= row < len(self):
             raise IndexError(f"row {row} of {len(self)}")
-        image_id = self.sample_ids[row]
+        if self._kept is None:
+            return self._read(self.sample_ids[row])
+        if row not in self._kept:
+            self._kept[row] = self._read(self.sample_ids[row])
+        return dict(self._kept[row])
+
+    def _read(self, image_id: str) -> dict[str, Tensor | HostBoxes | str]:
         caption = read_caption(self.folder, image_id)
         read = functools.partial(read_tensors, self.folder, image_id=image_id, num_objects=len(caption.objects))
         (clip, _), (dino, _), (texts, _) = (read(kind) for kind in (CLIP, DINO, TEXTS))

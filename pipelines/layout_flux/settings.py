@@ -54,6 +54,7 @@ MAY_CHANGE = frozenset(
         "init_from",
         "logging_dir",
         "data.output_dir",
+        "data.keep_in_memory",
         "model.pretrained_model_name_or_path",
         "adapter.base_model",
         "training.lr_groups",
@@ -108,6 +109,13 @@ class ModelConfig(Section):
     """Frequencies of each of their coordinates."""
     tokens_per_instance: Literal[3] = 3
     """Of an object: its text, its CLIP and its DINOv2 embedding."""
+
+
+class DataConfig(Section):
+    output_dir: Path = Path("output_data")
+    """What data_prep.layouts prepare has written."""
+    keep_in_memory: bool = False
+    """Read each sample once and keep it, in every loading process: for sets of a few thousand small pictures."""
 
 
 class TrainableConfig(Section):

@@ -9,7 +9,8 @@ from dataclasses import replace
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline
 from diffusers import FluxTransformer2DModel as Transformer
-from torch import Tensor
+from diffusers.models.normalization import AdaLayerNormContinuous, AdaLayerNormZero, AdaLayerNormZeroSingle
+from torch import Tensor, nn
 
 from backlot.codecs import latent_channels
 from backlot.config import Settings, checked
@@ -21,6 +22,7 @@ from pipelines.layout_flux.settings import PARTS, TransformerConfig, adapter_set
 
 logger = logging.getLogger(__name__)
 
+ADAPTIVE_NORMS = (AdaLayerNormZero, AdaLayerNormZeroSingle, AdaLayerNormContinuous)
 PATCH = 2
 """Latent cells along the side of one of FLUX's tokens."""
 
@@ -55,8 +57,17 @@ def create_base(name: str, vae: str | None, shape: TransformerConfig) -> FluxLay
         pooled_projection_dim=encoders.text_encoder.config.hidden_size,
         **shape.model_dump(),
     )
+    close_gates(transformer)
     scheduler = FlowMatchEulerDiscreteScheduler.from_pretrained(name, subfolder="scheduler")
     return FluxLayoutPipeline(transformer=transformer, scheduler=scheduler, **parts)
+
+
+def close_gates(transformer: Transformer) -> None:
+    """Every block begins as the identity and the output as 0 (adaLN-Zero, DiT, arXiv 2212.09748): it learns sooner."""
+    modulations = [module.linear for module in transformer.modules() if isinstance(module, ADAPTIVE_NORMS)]
+    for layer in (*modulations, transformer.proj_out):
+        nn.init.zeros_(layer.weight)
+        nn.init.zeros_(layer.bias)
 
 
 def check_size(pipeline: FluxLayoutPipeline, item: dict, resolution: int | None) -> None:
