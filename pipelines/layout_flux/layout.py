@@ -27,6 +27,7 @@ class Layout:
         depth_labels: (B, N) index into DEPTH_LABELS.
         phrase_spans: (B, N, 2) T5 tokens of the instance's phrase in the prompt, half open; equal ends: unknown.
         alpha: (B, N) foreground strength, where it is given instead of predicted; None: predicted.
+        alpha_learns: (B,) whether what a picture's alpha does may teach it; None: everywhere.
     """
 
     boxes: np.ndarray
@@ -40,6 +41,7 @@ class Layout:
     depth_labels: Tensor
     phrase_spans: Tensor
     alpha: Tensor | None = None
+    alpha_learns: Tensor | None = None
 
     @classmethod
     def from_batch(cls, batch: dict) -> Layout:
