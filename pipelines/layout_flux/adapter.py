@@ -131,13 +131,13 @@ class ModulationHead(nn.Module):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
-    def forward(self, tokens: Tensor, block: int, offset: Tensor | None) -> Tensor:
-        """Encoded tokens (B, N, 3, D), the block's number, and the bridge's offset (B, N, D) -> (B, N, D)."""
+    def forward(self, tokens: Tensor, own: nn.Module, offset: Tensor | None) -> Tensor:
+        """Encoded tokens (B, N, 3, D), a block's layer of `blocks`, and the bridge's offset (B, N, D) -> (B, N, D)."""
         identity, text = tokens[:, :, SOURCES.index("dino")], tokens[:, :, SOURCES.index("text")]
         if offset is not None:
             identity, text = identity + offset, text + offset
         hidden = F.silu(self.trunk(torch.cat([identity, text], dim=-1)))
-        return self.shared(hidden) + self.blocks[block](hidden)
+        return self.shared(hidden) + own(hidden)
 
 
 class Gate(nn.Module):

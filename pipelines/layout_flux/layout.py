@@ -171,6 +171,7 @@ class LayoutState:
         use_feedback: whether the bridge passes on what it reads.
         needs_gradient: set by the transformer: whether its forward keeps one.
         guidance_scale: above 1, the transformer also runs without the layout and goes beyond the difference.
+        feedback: of the last forward, for each bridge, |what it adds| / |tokens it adds to|.
     """
 
     tokens: Tensor
@@ -188,7 +189,7 @@ class LayoutState:
     use_feedback: bool = True
     needs_gradient: bool = False
     guidance_scale: float = 1.0
-    feedback: dict[int, Tensor] = field(default_factory=dict)
+    feedback: list[Tensor] = field(default_factory=list)
 
     @property
     def num_tokens(self) -> int:
@@ -199,4 +200,4 @@ class LayoutState:
 
         None where no bridge ran.
         """
-        return torch.stack(list(self.feedback.values())).mean() if self.feedback else None
+        return torch.stack(self.feedback).mean() if self.feedback else None
