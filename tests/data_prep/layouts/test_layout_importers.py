@@ -96,7 +96,7 @@ def test_a_row_that_is_wrong_is_one_bad_sample_and_no_crash(tmp_path):
     path.write_text("\n".join(map(json.dumps, rows)))
     samples = list(open_source("layoutsam", path, tmp_path))
     assert [sample.problem is None for sample in samples] == [True, False, False, False, False]
-    with pytest.raises(ValueError, match="row 1 of rows.jsonl"):
+    with pytest.raises(ValueError, match=r"row 1 of rows\.jsonl"):
         write_sample(tmp_path, samples[1], 16)
     with pytest.raises(ValueError, match="picture cannot be read"):
         write_sample(tmp_path, samples[0], 16)

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -11,14 +13,15 @@ from safetensors.torch import load_file, save_file
 
 import backlot.crops
 from backlot.crops import crop
-from backlot.files import lock
 from data_prep.layouts import encode
 from data_prep.layouts.__main__ import main
 from data_prep.layouts.dataset import LayoutDataset
 from data_prep.layouts.format import CLIP, DINO, LATENTS, TEXTS
 from data_prep.layouts.prepare_synthetic_dataset import main as prepare_synthetic
-from data_prep.layouts.procedural import Scene, render
+from data_prep.layouts.procedural import ProceduralSettings, Scene, draw_scene, render
+from data_prep.layouts.settings import SEQUENCE_LENGTHS
 from pipelines.layout_flux.encoders import LayoutEncoders
+from pipelines.layout_flux.tiny import WORDS, clip_tokenizer, t5_tokenizer
 
 COUNT = 10
 DEMO = ["--profile", "demo", "--models", "tiny", "--vae", "pixels:2", "--device", "cpu", "--num_workers", "0"]
@@ -127,7 +130,7 @@ def test_what_is_valid_is_left_alone(folder):
     assert files(folder) == before
 
 
-def test_an_interrupted_preparation_goes_on_to_the_same_end(folder, monkeypatch):
+def test_an_interrupted_preparation_goes_on_to_the_same_end(original, folder, monkeypatch):
     before = files(folder)
     for name in ("captions/scene-000002.json", f"{DINO}/scene-000003.safetensors", f"{TEXTS}/scene-000004.safetensors"):
         (folder / name).unlink()
@@ -144,12 +147,12 @@ def test_an_interrupted_preparation_goes_on_to_the_same_end(folder, monkeypatch)
     assert after.keys() == before.keys()
     redone = {name for name in after if after[name] != before[name]}
     assert {name.rpartition("/")[2][:12] for name in redone} <= {f"scene-{n:06d}" for n in (2, 3, 4, 5)}
-    for name in redone:
-        if name.endswith(".safetensors"):
-            first, second = (load_file(root / name) for root in (folder, folder))
-            assert first.keys() == second.keys()
-    original = LayoutDataset(folder, split="all")
-    assert len(original) == COUNT
+    first, second = (LayoutDataset(root, split="all") for root in (original, folder))
+    assert first.sample_ids == second.sample_ids
+    for row in range(COUNT):
+        for name, value in first[row].items():
+            if isinstance(value, torch.Tensor):
+                assert torch.allclose(value, second[row][name], atol=1e-5), name
 
 
 def interrupt(*_) -> None:
@@ -277,12 +280,31 @@ def test_the_guides_module_prepares_drawn_scenes_in_output_data(tmp_path, monkey
     assert "output_data: 1 samples, 0 dropped" in capsys.readouterr().out
 
 
-def test_wrong_arguments_and_a_second_process_are_one_line(folder, capsys, tmp_path):
+def test_wrong_arguments_are_one_line(capsys, tmp_path):
     assert "--source coco needs a --path" in refused(tmp_path / "x", capsys, "--source", "coco")
     assert "multiple of 4" in refused(tmp_path / "x", capsys, "--resolution", "34")
     assert "must be a folder, a hub id or pixels:N" in refused(tmp_path / "x", capsys, "--vae", "pixels:0")
     assert "no folder of models" in refused(tmp_path / "x", capsys, "--models", str(tmp_path))
-    with lock(tmp_path / "other.lock"):  # locks are of processes: this one may have it again
-        run(folder)
-    with pytest.raises(ValueError, match="is no prepared|holds no prepared layouts"):
+    with pytest.raises(ValueError, match="holds no prepared layouts"):
         LayoutDataset(tmp_path)
+
+
+def test_a_folder_that_another_process_prepares_is_refused(folder, capsys):
+    code = "import sys; from pathlib import Path; from backlot.files import lock; file = lock(Path(sys.argv[1]));"
+    code += "print('locked', flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", code, str(folder / "prepare.lock")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline().strip() == "locked"
+        assert f"by another process ({other.pid} on" in refused(folder, capsys)
+        other.communicate()
+
+
+@pytest.mark.parametrize("profile", ["demo", "full"])
+def test_tiny_tokenizers_know_the_words_of_drawn_scenes(profile):
+    tokenizers = [make(WORDS) for make in (clip_tokenizer, t5_tokenizer)]
+    for seed in range(100):
+        caption = draw_scene(seed, ProceduralSettings.preset(profile)).global_caption
+        words = caption.replace(",", " ,").split()
+        for tokenizer in tokenizers:
+            assert len(tokenizer(caption, add_special_tokens=False)["input_ids"]) == len(words), caption
+        assert profile == "full" or len(tokenizers[1](caption)["input_ids"]) <= SEQUENCE_LENGTHS["demo"]
