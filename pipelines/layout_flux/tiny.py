@@ -41,7 +41,8 @@ WORDS = tuple(
         "left right top bottom centre center middle above below behind front under over near far beside between next",
         "small large big tiny huge light dark bright pale soft",
         "red green blue yellow orange purple violet magenta pink cyan teal brown black white grey gray navy lime olive",
-        "arrow maroon square disc disk circle triangle star ring cross rectangle bar box dot dots diamond heart half frame stripe",
+        "maroon arrow",
+        "square disc disk circle triangle star ring cross rectangle bar box dot dots diamond heart half frame stripe",
         "stripes flat striped stripy dotted checker checkered chequered checked solid horizontal vertical diagonal",
         "person dog cat car bird horse tree house bottle chair table cup book ball",
     )
