@@ -216,6 +216,8 @@ def test_checkpointing_changes_no_gradient(stage):
     assert len(calls) == 2  # one forward, one again
     assert gradients(model).keys() == expected.keys()
     assert all(torch.equal(gradient, expected[name]) for name, gradient in gradients(model).items())
+    output = model(**inputs(), layout=some_references(), use_modulation=False)
+    assert output.feedback_magnitude is None  # nothing is left over from what was run again
 
 
 def count_calls(module) -> list:
