@@ -24,6 +24,7 @@ SOURCES = ("text", "clip", "dino")  # one token per instance each
 IMAGE_PROJECTIONS = ("to_q", "to_k", "to_v", "to_out.0")
 TOKEN_PROJECTIONS = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 PROJECTIONS = IMAGE_PROJECTIONS + TOKEN_PROJECTIONS
+STREAMS = ("image", "text")
 SMALL = 0.02  # spread of learned vectors that stand for a source
 ALPHA_RANGE = (0.05, 0.95)
 
@@ -44,7 +45,8 @@ class AlphaPredictor(nn.Module):
 
     def forward(self, clip_embeds: Tensor, area: Tensor, depth_labels: Tensor) -> Tensor:
         """CLIP embeddings (B, N, E), 0 where there is none; areas of the boxes and depth labels (B, N) -> (B, N)."""
-        depth = F.one_hot(depth_labels, len(DEPTH_LABELS)).to(clip_embeds.dtype)
+        labels = torch.arange(len(DEPTH_LABELS), device=depth_labels.device)  # one_hot reads values on the host
+        depth = (depth_labels[..., None] == labels).to(clip_embeds.dtype)
         features = torch.cat([clip_embeds, area[..., None].to(clip_embeds.dtype), depth], dim=-1)
         low, high = ALPHA_RANGE
         return low + (high - low) * self.linear_2(F.silu(self.linear_1(features))).squeeze(-1).float().sigmoid()
@@ -129,13 +131,13 @@ class ModulationHead(nn.Module):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
-    def forward(self, tokens: Tensor, block: int, offset: Tensor | None) -> Tensor:
-        """Encoded tokens (B, N, 3, D), the block's number, and the bridge's offset (B, N, D) -> (B, N, D)."""
+    def forward(self, tokens: Tensor, own: nn.Module, offset: Tensor | None) -> Tensor:
+        """Encoded tokens (B, N, 3, D), a block's layer of `blocks`, and the bridge's offset (B, N, D) -> (B, N, D)."""
         identity, text = tokens[:, :, SOURCES.index("dino")], tokens[:, :, SOURCES.index("text")]
         if offset is not None:
             identity, text = identity + offset, text + offset
         hidden = F.silu(self.trunk(torch.cat([identity, text], dim=-1)))
-        return self.shared(hidden) + self.blocks[block](hidden)
+        return self.shared(hidden) + own(hidden)
 
 
 class Gate(nn.Module):
@@ -201,7 +203,7 @@ class FluxLayoutAdapter(ModelMixin, ConfigMixin):
         lora_dropout: float = 0.0,
         lora_targets: list[str] = list(PROJECTIONS),  # noqa: B006 (diffusers keeps it in config.json)
         modulation_hidden: int | None = 1024,
-        modulation_streams: list[str] = ["image", "text"],  # noqa: B006
+        modulation_streams: list[str] = list(STREAMS),  # noqa: B006
         bridge_rank: int | None = 256,
         max_refs: int = 50,
         base_model: str | None = None,
@@ -212,6 +214,10 @@ class FluxLayoutAdapter(ModelMixin, ConfigMixin):
             raise ValueError(f"`layout_blocks` must ascend within 0 ... {num_blocks - 1}, not {layout_blocks}")
         if unknown := set(lora_targets) - set(PROJECTIONS):
             raise ValueError(f"`lora_targets` must be among {', '.join(PROJECTIONS)}, not {', '.join(sorted(unknown))}")
+        if unknown := set(modulation_streams) - set(STREAMS):
+            raise ValueError(
+                f"`modulation_streams` must be among {', '.join(STREAMS)}, not {', '.join(sorted(unknown))}"
+            )
         if bridge_rank and not modulation_hidden:
             raise ValueError("`bridge_rank` without `modulation_hidden`: the bridge acts through the modulation")
         width = num_heads * head_dim
@@ -286,7 +292,7 @@ class FluxLayoutAdapter(ModelMixin, ConfigMixin):
         Raises:
             ValueError: a part that it does not have.
         """
-        names = self.parts()
+        names, parts = self.parts(), list(parts)
         if missing := [part for part in parts if not names.get(part)]:
             raise ValueError(f"this adapter has no {', '.join(missing)}")
         trainable = {name for part in parts for name in names[part]}
@@ -327,19 +333,22 @@ class FluxLayoutAdapter(ModelMixin, ConfigMixin):
         alpha = self.alpha_predictor(clip, sides.prod(dim=-1), layout.depth_labels)
         if layout.alpha is not None:
             alpha = layout.alpha.to(alpha.dtype)
+        acting = alpha
+        if layout.alpha_learns is not None:
+            acting = torch.where(layout.alpha_learns[:, None], alpha, alpha.detach())
         features = box_features(boxes, config.box_grid, config.fourier_freqs).to(device, dtype)
         valid = layout.valid.to(dtype)
         covered = covered_tokens(boxes, grid).to(device, dtype) * valid[..., None]
         return LayoutState(
-            tokens=self.instance_encoder(layout, features, alpha),
+            tokens=self.instance_encoder(layout, features, acting),
             alpha=alpha,
             valid=valid,
             groups=group_tokens(boxes, grid, device),
             covered=covered,
             coverage=covered.sum(dim=1)[..., None].clamp(min=1),
             rotary=centre_rotary(boxes, grid, pos_embed, device),
-            layout_gate=layout_scale * 2 * (1 - alpha) * valid,
-            identity_gate=identity_scale * 2 * alpha * valid,
+            layout_gate=layout_scale * 2 * (1 - acting) * valid,
+            identity_gate=identity_scale * 2 * acting * valid,
             phrase_spans=layout.phrase_spans,
             use_layout=layout_scale != 0,
             use_modulation=identity_scale != 0,

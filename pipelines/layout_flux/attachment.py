@@ -7,6 +7,8 @@ does not is a `LayoutState`, given as `joint_attention_kwargs={"layout": state}`
 
 from __future__ import annotations
 
+from types import MethodType
+
 import torch
 import torch.nn.functional as F
 from diffusers import FluxTransformer2DModel
@@ -24,20 +26,36 @@ def attach(transformer: FluxTransformer2DModel, adapter: FluxLayoutAdapter) -> N
         ValueError: the adapter does not fit, another one is attached, or hooks are in the way.
     """
     adapter.check(transformer)
-    doubles, singles = transformer.transformer_blocks, transformer.single_transformer_blocks
-    if any("forward" in vars(module) for module in (transformer, *doubles, *singles)):
+    if not all(has_own_forward(module) for module in bound_modules(transformer)):
         raise ValueError("`transformer` has a forward that is not its own: an adapter, or the hooks of an offload")
-    transformer.forward = LayoutForward(transformer)
-    for number, block in enumerate(doubles):
-        block.forward = LayoutBlockForward(block, adapter, number)
-    for block in singles:
+    forwards = [LayoutBlockForward(block, adapter, n) for n, block in enumerate(transformer.transformer_blocks)]
+    transformer.forward = LayoutForward(transformer, forwards)
+    for block, forward in zip(transformer.transformer_blocks, forwards, strict=True):
+        block.forward = forward
+    for block in transformer.single_transformer_blocks:
         block.forward = PlainBlockForward(block)
 
 
 def detach(transformer: FluxTransformer2DModel) -> None:
-    """Give a transformer its own forwards back."""
-    for module in (transformer, *transformer.transformer_blocks, *transformer.single_transformer_blocks):
+    """Give a transformer its own forwards back.
+
+    Raises:
+        ValueError: hooks that came after the adapter would be lost.
+    """
+    modules = bound_modules(transformer)
+    if not all(has_own_forward(module) or isinstance(module.forward, BoundForward) for module in modules):
+        raise ValueError("`transformer` has hooks on top of the adapter: take those of the offload off first")
+    for module in modules:
         vars(module).pop("forward", None)
+
+
+def bound_modules(transformer: FluxTransformer2DModel) -> tuple[nn.Module, ...]:
+    return transformer, *transformer.transformer_blocks, *transformer.single_transformer_blocks
+
+
+def has_own_forward(module: nn.Module) -> bool:
+    """Whether it is the one of its class, be it as an attribute, which hooks that were taken off leave behind."""
+    return module.forward == MethodType(type(module).forward, module)
 
 
 def split_layout(kwargs: dict | None) -> tuple[dict, LayoutState | None]:
@@ -59,18 +77,32 @@ class BoundForward:
 class LayoutForward(BoundForward):
     """Of the transformer: with layout guidance it runs twice, and goes from the one without the layout further."""
 
+    def __init__(self, module: nn.Module, blocks: list[LayoutBlockForward]):
+        super().__init__(module)
+        self.blocks = blocks
+
     def __call__(self, *args, joint_attention_kwargs: dict | None = None, return_dict: bool = True, **kwargs):
         others, layout = split_layout(joint_attention_kwargs)
-        if layout is None or not (layout.use_layout or layout.use_modulation):
+        if layout is None or not layout.tokens.shape[1] or not (layout.use_layout or layout.use_modulation):
             joint_attention_kwargs = joint_attention_kwargs and others
             return self.stock(*args, joint_attention_kwargs=joint_attention_kwargs, return_dict=return_dict, **kwargs)
+        layout.needs_gradient = torch.is_grad_enabled()
         if layout.guidance_scale == 1 or not layout.use_layout:
             given = joint_attention_kwargs
-            return self.stock(*args, joint_attention_kwargs=given, return_dict=return_dict, **kwargs)
+            output = self.stock(*args, joint_attention_kwargs=given, return_dict=return_dict, **kwargs)
+            layout.feedback = self._take_feedback()
+            return output
         without = self.stock(*args, joint_attention_kwargs=dict(others), return_dict=True, **kwargs)
         output = self.stock(*args, joint_attention_kwargs=joint_attention_kwargs, return_dict=True, **kwargs)
+        layout.feedback = self._take_feedback()
         output.sample = without.sample + layout.guidance_scale * (output.sample - without.sample)
         return output if return_dict else (output.sample,)
+
+    def _take_feedback(self) -> list[Tensor]:
+        taken = [block.feedback for block in self.blocks if block.feedback is not None]
+        for block in self.blocks:
+            block.feedback = None
+        return taken
 
 
 class PlainBlockForward(BoundForward):
@@ -84,15 +116,20 @@ class PlainBlockForward(BoundForward):
 
 
 class LayoutBlockForward(BoundForward):
-    """Of a double block: FLUX's block with modulation, then the layout branch, then the bridge."""
+    """Of a double block: FLUX's block with modulation, then the layout branch, then the bridge.
+
+    It keeps no number of its own and writes into nothing shared, so that blocks alike are compiled once.
+    """
 
     def __init__(self, module: nn.Module, adapter: FluxLayoutAdapter, number: int):
         super().__init__(module)
-        self.number, self.is_last = number, number == adapter.config.num_blocks - 1
+        self.is_first, self.is_last = number == 0, number == adapter.config.num_blocks - 1
         self.head = dict(adapter.layout_heads.items()).get(str(number))
         self.bridge = dict(adapter.bridges.items()).get(str(number))
         self.modulation, self.streams = adapter.modulation_head, adapter.config.modulation_streams
+        self.own_modulation = None if self.modulation is None else self.modulation.blocks[number]
         self.has_offset = len(adapter.bridges) > 0
+        self.feedback: Tensor | None = None  # until the transformer takes it
 
     def __call__(
         self, hidden_states, encoder_hidden_states, temb, image_rotary_emb=None, joint_attention_kwargs=None
@@ -100,9 +137,12 @@ class LayoutBlockForward(BoundForward):
         others, layout = split_layout(joint_attention_kwargs)
         if layout is None:
             return self.stock(hidden_states, encoder_hidden_states, temb, image_rotary_emb, others)
+        if layout.needs_gradient and not torch.is_grad_enabled():
+            raise RuntimeError("reentrant checkpointing gives the adapter no gradient: use `use_reentrant=False`")
+        self.feedback = None  # of a block that was run again, too
         text, tokens, offset = self._unpack(encoder_hidden_states, layout)
         if layout.use_modulation and self.modulation is not None:
-            change = self.modulation(layout.tokens, self.number, offset) * layout.identity_gate[..., None]
+            change = self.modulation(layout.tokens, self.own_modulation, offset) * layout.identity_gate[..., None]
             text, hidden_states = modulated_block(
                 self.module, hidden_states, text, temb, image_rotary_emb, others, layout, change, self.streams
             )
@@ -120,7 +160,7 @@ class LayoutBlockForward(BoundForward):
 
     def _unpack(self, states: Tensor, layout: LayoutState) -> tuple[Tensor, Tensor, Tensor | None]:
         """Text tokens, instance tokens (B, N, 3, D) and the bridge's offset (B, N, D), if there is a bridge."""
-        if self.number == 0:
+        if self.is_first:
             offset = torch.zeros_like(layout.tokens[:, :, 0]) if self.has_offset else None
             return states, layout.tokens, offset
         number = layout.tokens.shape[1]
@@ -131,12 +171,12 @@ class LayoutBlockForward(BoundForward):
         return text, tokens.unflatten(1, (number, len(SOURCES))), offset if self.has_offset else None
 
     def _feed_back(self, hidden_states: Tensor, tokens: Tensor, offset: Tensor, layout: LayoutState):
-        inside = layout.covered.to(hidden_states.dtype)
-        seen = inside @ hidden_states / inside.sum(dim=-1, keepdim=True).clamp(min=1)
+        share = layout.covered / layout.covered.sum(dim=-1, keepdim=True).clamp(min=1)
+        seen = share.to(hidden_states.dtype) @ hidden_states  # shares first: a sum may leave the range of float16
         added = self.bridge(seen) * (layout.alpha.detach() * layout.valid)[..., None].to(seen.dtype)
         with torch.no_grad():
             ratio = added.float().norm(dim=-1) / tokens.float().norm(dim=-1).mean(dim=-1).clamp(min=1e-6)
-            layout.feedback[self.number] = (ratio * layout.valid).sum() / layout.valid.sum().clamp(min=1)
+            self.feedback = (ratio * layout.valid).sum() / layout.valid.sum().clamp(min=1)
         return tokens + added[:, :, None], offset + added
 
 
@@ -160,9 +200,9 @@ def modulated_block(
         change: (B, N, D) of the time embedding, per instance.
         streams: which of `image` and `text` feel it.
     """
-    image_change = _changes(block.norm1, temb, change, layout.covered.transpose(1, 2) / layout.coverage)
-    image_change = image_change if "image" in streams else None
-    text_change = None
+    image_change = text_change = None
+    if "image" in streams:
+        image_change = _changes(block.norm1, temb, change, layout.covered.transpose(1, 2) / layout.coverage)
     if "text" in streams:
         text_change = _changes(block.norm1_context, temb, change, phrase_weights(layout, text.shape[1]))
     image = _Stream(block.norm1, block.norm2, block.ff, hidden_states, temb, image_change)
@@ -174,7 +214,12 @@ def modulated_block(
     if from_pictures:  # an IP-Adapter's
         hidden_states = hidden_states + from_pictures[0]
     text = words.finish(words_attended)
-    return text.clip(-65504, 65504) if text.dtype == torch.float16 else text, hidden_states
+    return within_range(text), hidden_states
+
+
+def within_range(states: Tensor) -> Tensor:
+    """What FLUX does to its text tokens after a block."""
+    return states.clip(-65504, 65504) if states.dtype == torch.float16 else states
 
 
 class _Stream:
@@ -271,7 +316,7 @@ def assemble(
     flat = tokens.flatten(1, 2) + token_gate[:, None] * answers
     normed_tokens = block.norm2_context(flat) * (1 + scale_mlp[:, None]) + shift_mlp[:, None]
     flat = flat + gate_mlp[:, None] * block.ff_context(normed_tokens)
-    return hidden_states, flat.unflatten(1, (number, kinds))
+    return hidden_states, within_range(flat).unflatten(1, (number, kinds))
 
 
 def _project(head: LayoutHead, attn: nn.Module, x: Tensor, names: tuple[str, ...], norms) -> list[Tensor]:

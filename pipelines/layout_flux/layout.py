@@ -27,6 +27,7 @@ class Layout:
         depth_labels: (B, N) index into DEPTH_LABELS.
         phrase_spans: (B, N, 2) T5 tokens of the instance's phrase in the prompt, half open; equal ends: unknown.
         alpha: (B, N) foreground strength, where it is given instead of predicted; None: predicted.
+        alpha_learns: (B,) whether what a picture's alpha does may teach it; None: everywhere.
     """
 
     boxes: np.ndarray
@@ -40,6 +41,7 @@ class Layout:
     depth_labels: Tensor
     phrase_spans: Tensor
     alpha: Tensor | None = None
+    alpha_learns: Tensor | None = None
 
     @classmethod
     def from_batch(cls, batch: dict) -> Layout:
@@ -97,8 +99,10 @@ class TokenGroup:
 
 def group_tokens(boxes: np.ndarray, grid: tuple[int, int], device: torch.device) -> list[TokenGroup]:
     """The tokens of all boxes with an area, (B, N, 4), in at most three groups: longer boxes are not what small ones
-    are padded to. A layout without boxes gives one group of one token that no weight belongs to."""
+    are padded to. Instances without boxes give one group of one token that no weight belongs to."""
     instances = boxes.shape[1]
+    if not instances:
+        return []
     rows, columns = grid
     flat = boxes.reshape(-1, 4)
     real = np.flatnonzero((flat[:, 2] > flat[:, 0]) & (flat[:, 3] > flat[:, 1]))
@@ -142,10 +146,11 @@ def box_features(boxes: np.ndarray, points: int, frequencies: int) -> Tensor:
     along = start + (end - start) * steps[:, None]  # (..., p, 2)
     x = np.broadcast_to(along[..., None, :, 0], (*boxes.shape[:-1], points, points))
     y = np.broadcast_to(along[..., :, None, 1], (*boxes.shape[:-1], points, points))
-    coordinates = np.stack([x, y], axis=-1).reshape(*boxes.shape[:-1], -1, 1)
+    coordinates = np.stack([x, y], axis=-1).reshape(*boxes.shape[:-1], 2 * points**2, 1)
     angles = coordinates * 100.0 ** (np.arange(frequencies) / frequencies)
     features = np.concatenate([np.sin(angles), np.cos(angles)], axis=-1)
-    return torch.from_numpy(features.reshape(*boxes.shape[:-1], -1).astype(np.float32))
+    features = features.reshape(*boxes.shape[:-1], 4 * points**2 * frequencies)
+    return torch.from_numpy(features.astype(np.float32))
 
 
 @dataclass
@@ -164,7 +169,9 @@ class LayoutState:
         phrase_spans: (B, N, 2) see Layout.
         use_layout, use_modulation: switched by the sampler from step to step.
         use_feedback: whether the bridge passes on what it reads.
+        needs_gradient: set by the transformer: whether its forward keeps one.
         guidance_scale: above 1, the transformer also runs without the layout and goes beyond the difference.
+        feedback: of the last forward, for each bridge, |what it adds| / |tokens it adds to|.
     """
 
     tokens: Tensor
@@ -180,8 +187,9 @@ class LayoutState:
     use_layout: bool = True
     use_modulation: bool = True
     use_feedback: bool = True
+    needs_gradient: bool = False
     guidance_scale: float = 1.0
-    feedback: dict[int, Tensor] = field(default_factory=dict)
+    feedback: list[Tensor] = field(default_factory=list)
 
     @property
     def num_tokens(self) -> int:
@@ -192,4 +200,4 @@ class LayoutState:
 
         None where no bridge ran.
         """
-        return torch.stack(list(self.feedback.values())).mean() if self.feedback else None
+        return torch.stack(self.feedback).mean() if self.feedback else None

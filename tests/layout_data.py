@@ -1,0 +1,14 @@
+"""Prepared layouts for tests: a few drawn scenes of 32 pixels, encoded by tiny models."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from data_prep.layouts.commands import prepare
+
+
+def write_data(folder: Path, num_samples: int = 14, *others: str) -> Path:
+    """Prepare scenes in `folder`; returns the folder of the models that encoded them."""
+    given = ["--profile", "demo", "--models", "tiny", "--num_samples", str(num_samples), "--train_split", "0.72"]
+    prepare([*given, "--device", "cpu", "--output_dir", str(folder), *others])
+    return folder / "models"
