@@ -139,6 +139,7 @@ class LayoutBlockForward(BoundForward):
             return self.stock(hidden_states, encoder_hidden_states, temb, image_rotary_emb, others)
         if layout.needs_gradient and not torch.is_grad_enabled():
             raise RuntimeError("reentrant checkpointing gives the adapter no gradient: use `use_reentrant=False`")
+        self.feedback = None  # of a block that was run again, too
         text, tokens, offset = self._unpack(encoder_hidden_states, layout)
         if layout.use_modulation and self.modulation is not None:
             change = self.modulation(layout.tokens, self.own_modulation, offset) * layout.identity_gate[..., None]
