@@ -116,6 +116,8 @@ def compute_loss(run: common.TrainingRun, batch: dict, config: Config, task: Tas
     sigmas, noise = levels.to(device, non_blocking=True), torch.randn_like(latents)
     noisy = flows.interpolate(noise, latents, 1 - sigmas)
     layout = None if config.stage == "base" else layout
+    if weights.dino_identity:
+        layout.alpha_learns = sigmas >= config.dino.sigma_max  # a likeness is not to be had by moving alpha
     given = noisy, sigmas, *prompts, layout, config.timesteps.guidance_scale
     output = (run.model if model is None else model)(*given)
     flow = flows.squared_error(output.velocity, noise - latents).mean()

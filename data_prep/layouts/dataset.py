@@ -141,12 +141,12 @@ class LayoutDataset(Dataset):
         return dict(self._kept[row])
 
     def _read(self, image_id: str) -> dict[str, Tensor | HostBoxes | str]:
-        caption = read_caption(self.folder, image_id)
+        caption = read_caption(self.folder, image_id, pictures=False)
         read = functools.partial(read_tensors, self.folder, image_id=image_id, num_objects=len(caption.objects))
         (clip, _), (dino, _), (texts, _) = (read(kind) for kind in (CLIP, DINO, TEXTS))
         latents, how = read(LATENTS)
-        objects = [caption.objects[place] for place in self._keep(caption)]
-        kept = torch.tensor(self._keep(caption))
+        places = self._keep(caption)
+        objects, kept = [caption.objects[place] for place in places], torch.tensor(places)
         boxes = np.zeros((self.max_objects, 4), np.float32)
         boxes[: len(objects)] = [each.bbox for each in objects]
         return {

@@ -183,8 +183,12 @@ def parse_caption(values: object, source: str) -> Caption:
         raise ValueError(describe_errors(error, source)[0]) from None
 
 
-def read_caption(folder: Path, image_id: str) -> Caption:
-    """Read and check the caption of a sample; ValueError, one line, if it is missing, damaged or wrong."""
+def read_caption(folder: Path, image_id: str, pictures: bool = True) -> Caption:
+    """Read and check the caption of a sample; ValueError, one line, if it is missing, damaged or wrong.
+
+    Args:
+        pictures: those that it names must be there.
+    """
     path = caption_path(folder, image_id)
     if not path.is_file():
         raise ValueError(f"{path} is missing")
@@ -197,7 +201,8 @@ def read_caption(folder: Path, image_id: str) -> Caption:
     caption = parse_caption(values, str(path))
     if caption.image_id != image_id:
         raise ValueError(f"{path} is of the image {caption.image_id!r}")
-    for name in (caption.image_path, *(each.reference.image_path for each in caption.objects if each.reference)):
+    names = [caption.image_path, *(each.reference.image_path for each in caption.objects if each.reference)]
+    for name in names if pictures else []:
         if not inside(folder, name).is_file():
             raise ValueError(f"{path} names the picture {name}, which is missing")
     return caption

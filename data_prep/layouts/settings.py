@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Literal, Self
 
@@ -46,7 +47,7 @@ class PrepareSettings(DeviceSettings):
     """that the models compute in, and in which prompts are stored; by default bfloat16 on an accelerator"""
     batch_size: int = Field(32, ge=1)
     """samples, with all their objects, per call of a model"""
-    num_workers: int = Field(0, ge=0)
+    num_workers: int = Field(min(os.cpu_count() or 1, 4), ge=0)
     """processes that draw scenes and read pictures"""
     train_split: float = Field(0.9, gt=0, le=1)
     """share of the samples to train on; the others are for validation"""

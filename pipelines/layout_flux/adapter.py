@@ -131,13 +131,13 @@ class ModulationHead(nn.Module):
             nn.init.zeros_(layer.weight)
             nn.init.zeros_(layer.bias)
 
-    def forward(self, tokens: Tensor, block: int, offset: Tensor | None) -> Tensor:
-        """Encoded tokens (B, N, 3, D), the block's number, and the bridge's offset (B, N, D) -> (B, N, D)."""
+    def forward(self, tokens: Tensor, own: nn.Module, offset: Tensor | None) -> Tensor:
+        """Encoded tokens (B, N, 3, D), a block's layer of `blocks`, and the bridge's offset (B, N, D) -> (B, N, D)."""
         identity, text = tokens[:, :, SOURCES.index("dino")], tokens[:, :, SOURCES.index("text")]
         if offset is not None:
             identity, text = identity + offset, text + offset
         hidden = F.silu(self.trunk(torch.cat([identity, text], dim=-1)))
-        return self.shared(hidden) + self.blocks[block](hidden)
+        return self.shared(hidden) + own(hidden)
 
 
 class Gate(nn.Module):
@@ -333,19 +333,22 @@ class FluxLayoutAdapter(ModelMixin, ConfigMixin):
         alpha = self.alpha_predictor(clip, sides.prod(dim=-1), layout.depth_labels)
         if layout.alpha is not None:
             alpha = layout.alpha.to(alpha.dtype)
+        acting = alpha
+        if layout.alpha_learns is not None:
+            acting = torch.where(layout.alpha_learns[:, None], alpha, alpha.detach())
         features = box_features(boxes, config.box_grid, config.fourier_freqs).to(device, dtype)
         valid = layout.valid.to(dtype)
         covered = covered_tokens(boxes, grid).to(device, dtype) * valid[..., None]
         return LayoutState(
-            tokens=self.instance_encoder(layout, features, alpha),
+            tokens=self.instance_encoder(layout, features, acting),
             alpha=alpha,
             valid=valid,
             groups=group_tokens(boxes, grid, device),
             covered=covered,
             coverage=covered.sum(dim=1)[..., None].clamp(min=1),
             rotary=centre_rotary(boxes, grid, pos_embed, device),
-            layout_gate=layout_scale * 2 * (1 - alpha) * valid,
-            identity_gate=identity_scale * 2 * alpha * valid,
+            layout_gate=layout_scale * 2 * (1 - acting) * valid,
+            identity_gate=identity_scale * 2 * acting * valid,
             phrase_spans=layout.phrase_spans,
             use_layout=layout_scale != 0,
             use_modulation=identity_scale != 0,

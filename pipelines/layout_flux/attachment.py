@@ -28,9 +28,10 @@ def attach(transformer: FluxTransformer2DModel, adapter: FluxLayoutAdapter) -> N
     adapter.check(transformer)
     if not all(has_own_forward(module) for module in bound_modules(transformer)):
         raise ValueError("`transformer` has a forward that is not its own: an adapter, or the hooks of an offload")
-    transformer.forward = LayoutForward(transformer)
-    for number, block in enumerate(transformer.transformer_blocks):
-        block.forward = LayoutBlockForward(block, adapter, number)
+    forwards = [LayoutBlockForward(block, adapter, n) for n, block in enumerate(transformer.transformer_blocks)]
+    transformer.forward = LayoutForward(transformer, forwards)
+    for block, forward in zip(transformer.transformer_blocks, forwards, strict=True):
+        block.forward = forward
     for block in transformer.single_transformer_blocks:
         block.forward = PlainBlockForward(block)
 
@@ -76,6 +77,10 @@ class BoundForward:
 class LayoutForward(BoundForward):
     """Of the transformer: with layout guidance it runs twice, and goes from the one without the layout further."""
 
+    def __init__(self, module: nn.Module, blocks: list[LayoutBlockForward]):
+        super().__init__(module)
+        self.blocks = blocks
+
     def __call__(self, *args, joint_attention_kwargs: dict | None = None, return_dict: bool = True, **kwargs):
         others, layout = split_layout(joint_attention_kwargs)
         if layout is None or not layout.tokens.shape[1] or not (layout.use_layout or layout.use_modulation):
@@ -84,11 +89,20 @@ class LayoutForward(BoundForward):
         layout.needs_gradient = torch.is_grad_enabled()
         if layout.guidance_scale == 1 or not layout.use_layout:
             given = joint_attention_kwargs
-            return self.stock(*args, joint_attention_kwargs=given, return_dict=return_dict, **kwargs)
+            output = self.stock(*args, joint_attention_kwargs=given, return_dict=return_dict, **kwargs)
+            layout.feedback = self._take_feedback()
+            return output
         without = self.stock(*args, joint_attention_kwargs=dict(others), return_dict=True, **kwargs)
         output = self.stock(*args, joint_attention_kwargs=joint_attention_kwargs, return_dict=True, **kwargs)
+        layout.feedback = self._take_feedback()
         output.sample = without.sample + layout.guidance_scale * (output.sample - without.sample)
         return output if return_dict else (output.sample,)
+
+    def _take_feedback(self) -> list[Tensor]:
+        taken = [block.feedback for block in self.blocks if block.feedback is not None]
+        for block in self.blocks:
+            block.feedback = None
+        return taken
 
 
 class PlainBlockForward(BoundForward):
@@ -102,15 +116,20 @@ class PlainBlockForward(BoundForward):
 
 
 class LayoutBlockForward(BoundForward):
-    """Of a double block: FLUX's block with modulation, then the layout branch, then the bridge."""
+    """Of a double block: FLUX's block with modulation, then the layout branch, then the bridge.
+
+    It keeps no number of its own and writes into nothing shared, so that blocks alike are compiled once.
+    """
 
     def __init__(self, module: nn.Module, adapter: FluxLayoutAdapter, number: int):
         super().__init__(module)
-        self.number, self.is_last = number, number == adapter.config.num_blocks - 1
+        self.is_first, self.is_last = number == 0, number == adapter.config.num_blocks - 1
         self.head = dict(adapter.layout_heads.items()).get(str(number))
         self.bridge = dict(adapter.bridges.items()).get(str(number))
         self.modulation, self.streams = adapter.modulation_head, adapter.config.modulation_streams
+        self.own_modulation = None if self.modulation is None else self.modulation.blocks[number]
         self.has_offset = len(adapter.bridges) > 0
+        self.feedback: Tensor | None = None  # until the transformer takes it
 
     def __call__(
         self, hidden_states, encoder_hidden_states, temb, image_rotary_emb=None, joint_attention_kwargs=None
@@ -120,9 +139,10 @@ class LayoutBlockForward(BoundForward):
             return self.stock(hidden_states, encoder_hidden_states, temb, image_rotary_emb, others)
         if layout.needs_gradient and not torch.is_grad_enabled():
             raise RuntimeError("reentrant checkpointing gives the adapter no gradient: use `use_reentrant=False`")
+        self.feedback = None  # of a block that was run again, too
         text, tokens, offset = self._unpack(encoder_hidden_states, layout)
         if layout.use_modulation and self.modulation is not None:
-            change = self.modulation(layout.tokens, self.number, offset) * layout.identity_gate[..., None]
+            change = self.modulation(layout.tokens, self.own_modulation, offset) * layout.identity_gate[..., None]
             text, hidden_states = modulated_block(
                 self.module, hidden_states, text, temb, image_rotary_emb, others, layout, change, self.streams
             )
@@ -140,7 +160,7 @@ class LayoutBlockForward(BoundForward):
 
     def _unpack(self, states: Tensor, layout: LayoutState) -> tuple[Tensor, Tensor, Tensor | None]:
         """Text tokens, instance tokens (B, N, 3, D) and the bridge's offset (B, N, D), if there is a bridge."""
-        if self.number == 0:
+        if self.is_first:
             offset = torch.zeros_like(layout.tokens[:, :, 0]) if self.has_offset else None
             return states, layout.tokens, offset
         number = layout.tokens.shape[1]
@@ -156,7 +176,7 @@ class LayoutBlockForward(BoundForward):
         added = self.bridge(seen) * (layout.alpha.detach() * layout.valid)[..., None].to(seen.dtype)
         with torch.no_grad():
             ratio = added.float().norm(dim=-1) / tokens.float().norm(dim=-1).mean(dim=-1).clamp(min=1e-6)
-            layout.feedback[self.number] = (ratio * layout.valid).sum() / layout.valid.sum().clamp(min=1)
+            self.feedback = (ratio * layout.valid).sum() / layout.valid.sum().clamp(min=1)
         return tokens + added[:, :, None], offset + added
 
 

@@ -27,6 +27,7 @@ class Layout:
         depth_labels: (B, N) index into DEPTH_LABELS.
         phrase_spans: (B, N, 2) T5 tokens of the instance's phrase in the prompt, half open; equal ends: unknown.
         alpha: (B, N) foreground strength, where it is given instead of predicted; None: predicted.
+        alpha_learns: (B,) whether what a picture's alpha does may teach it; None: everywhere.
     """
 
     boxes: np.ndarray
@@ -40,6 +41,7 @@ class Layout:
     depth_labels: Tensor
     phrase_spans: Tensor
     alpha: Tensor | None = None
+    alpha_learns: Tensor | None = None
 
     @classmethod
     def from_batch(cls, batch: dict) -> Layout:
@@ -169,6 +171,7 @@ class LayoutState:
         use_feedback: whether the bridge passes on what it reads.
         needs_gradient: set by the transformer: whether its forward keeps one.
         guidance_scale: above 1, the transformer also runs without the layout and goes beyond the difference.
+        feedback: of the last forward, for each bridge, |what it adds| / |tokens it adds to|.
     """
 
     tokens: Tensor
@@ -186,7 +189,7 @@ class LayoutState:
     use_feedback: bool = True
     needs_gradient: bool = False
     guidance_scale: float = 1.0
-    feedback: dict[int, Tensor] = field(default_factory=dict)
+    feedback: list[Tensor] = field(default_factory=list)
 
     @property
     def num_tokens(self) -> int:
@@ -197,4 +200,4 @@ class LayoutState:
 
         None where no bridge ran.
         """
-        return torch.stack(list(self.feedback.values())).mean() if self.feedback else None
+        return torch.stack(self.feedback).mean() if self.feedback else None

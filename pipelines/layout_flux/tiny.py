@@ -41,6 +41,7 @@ WORDS = tuple(
         "left right top bottom centre center middle above below behind front under over near far beside between next",
         "small large big tiny huge light dark bright pale soft",
         "red green blue yellow orange purple violet magenta pink cyan teal brown black white grey gray navy lime olive",
+        "maroon arrow",
         "square disc disk circle triangle star ring cross rectangle bar box dot dots diamond heart half frame stripe",
         "stripes flat striped stripy dotted checker checkered chequered checked solid horizontal vertical diagonal",
         "person dog cat car bird horse tree house bottle chair table cup book ball",
@@ -123,7 +124,7 @@ def _learn_merges(words: Sequence[str]) -> list[tuple[str, str]]:
 def t5_tokenizer(words: Sequence[str]) -> T5Tokenizer:
     """FLUX's second tokenizer, knowing some words and every character."""
     special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
-    whole = [(f"▁{word}", -1.0) for word in words]
+    whole = [(f"▁{word}", -1.0) for word in dict.fromkeys((*words, *string.ascii_letters, *string.digits))]
     return T5Tokenizer(
         vocab=[*special, *whole, *((character, -10.0) for character in CHARACTERS)], extra_ids=0, model_max_length=512
     )
