@@ -50,7 +50,7 @@ AT_LEAST = {"lr_warmup_steps": 0, "lr_decay_steps": 0, "ramp_steps": 0}
 class Settings(common.DemoSettings):
     output_dir: Path = Path("outputs/demo-layout")
     """emptied first, if it is that of an earlier demo"""
-    num_train: int = Field(NUM_TRAIN, ge=64)
+    num_train: int = Field(NUM_TRAIN, ge=128)
     """scenes to train on, a few of which are kept for validation"""
 
 

@@ -40,9 +40,9 @@ NUM_REFERENCES, NUM_REFERRED = 4, 4
 LAST = "stage3"
 GROUP_KEYS = ("colour_accuracy", "shape_accuracy", "mask_iou", "box_iou", "identity_retrieval", "overlap_accuracy")
 GROUPS = {
-    "objects_2": "of 2 in a picture",
-    "objects_3": "of 3",
-    "objects_4": "of 4",
+    "objects_2": "2 in a picture",
+    "objects_3": "3",
+    "objects_4": "4",
     "not_overlapped": "alone in their place",
     "overlapped": "overlapping others",
     "nearer": "the nearer of them",
@@ -119,8 +119,10 @@ def ask(example: Example, exchanged: tuple[int, int] | None = None) -> Picture:
         colour = BODY_COLOURS[objects[told[place]].colour]
         pale = tuple(round(255 - 0.25 * (255 - x)) for x in colour)
         pen.rectangle(corners(objects[place].box, side), fill=pale, outline=colour, width=4)
-    for place, each in enumerate(objects):
-        identity = objects[told[place]].identity
+    for each, identity in sorted(
+        ((each, objects[other].identity) for each, other in zip(objects, told, strict=True)),
+        key=lambda pair: pair[0].z_order,
+    ):
         x, y, *_ = corners(each.box, side)
         text = f"{identity.colour}\n{identity.shape}"
         pen.multiline_text(
@@ -163,9 +165,10 @@ def beside(*cells: Picture) -> Picture:
 def cut_out(pixels: np.ndarray, box: Sequence[float], side: int = 96) -> Picture:
     """An object as the encoders see it, enlarged."""
     window = crop_window(box, *pixels.shape[:2])
-    rows = np.arange(window.top, window.bottom).clip(0, pixels.shape[0] - 1)
-    columns = np.arange(window.left, window.right).clip(0, pixels.shape[1] - 1)
-    return enlarge(np.ascontiguousarray(pixels[np.ix_(rows, columns)]), side)
+    crop = pixels[window.top : window.bottom, window.left : window.right]
+    missing = [max(crop.shape[:2]) - length for length in crop.shape[:2]]
+    padding = [(lack // 2, lack - lack // 2) for lack in missing]
+    return enlarge(np.pad(crop, [*padding, (0, 0)], mode="edge"), side)
 
 
 # --- what is shown --------------------------------------------------------------------------------------------------
@@ -199,9 +202,8 @@ def show_crops(drawn: Drawn) -> Picture:
 def other_marks(identity: Identity) -> list[Identity]:
     """Unseen identities of the same caption, shape and colour, spread over all marks."""
     others = (identity.with_mark(mark) for mark in range(NUM_MARKS))
-    usable = [
-        each for each in others if is_held_out(each) and mark_share(each.shape, each.mark_pattern) <= MAX_MARK_SHARE
-    ]
+    unseen = [each for each in others if is_held_out(each)]
+    usable = [each for each in unseen if mark_share(each.shape, each.mark_pattern) <= MAX_MARK_SHARE]
     return [usable[len(usable) * i // NUM_REFERENCES] for i in range(min(NUM_REFERENCES, len(usable)))]
 
 
@@ -345,12 +347,8 @@ def tell_groups(metrics: Mapping) -> str:
     """Of the last stage, by what objects are and how they stand."""
     groups = metrics[LAST]["groups"]
     rows = [
-        [
-            f"objects {text} ({groups[name]['mask_iou']['count']})",
-            *(number(groups[name][k]["mean"]) for k in GROUP_KEYS),
-        ]
-        for name, text in GROUPS.items()
-        if name in groups
+        [f"{text} ({found['mask_iou']['count']})", *(number(found[key]["mean"]) for key in GROUP_KEYS)]
+        for text, found in ((text, groups[name]) for name, text in GROUPS.items() if name in groups)
     ]
     return report.table(["", "colour", "shape", "mask IoU", "box IoU", "identity", "on top of others"], rows)
 
@@ -402,11 +400,11 @@ def lead_of(metrics: Mapping) -> str:
     return (
         f"{metrics['num_layouts']} layouts of objects that were never seen: {percent(LAST, 'colour_accuracy')} of what "
         f"should show an object has its colour (without the layout {percent('no_layout', 'colour_accuracy')}), "
-        f"{percent(LAST, 'shape_accuracy')} have their shape, boxes meet with an IoU of {number(metrics[LAST]['box_iou'], 2)} "
-        f"(without {number(metrics['no_layout']['box_iou'], 2)}), {percent(LAST, 'background_accuracy')} of what lies "
-        f"outside all boxes is background, and {percent(LAST, 'identity_retrieval')} are recognised as their own "
-        f"reference among 16 that no caption tells apart (stage 1 {percent('stage1', 'identity_retrieval')}, chance "
-        f"{100 * CHANCE:.0f} %)."
+        f"{percent(LAST, 'shape_accuracy')} have their shape, boxes meet with an IoU "
+        f"of {number(metrics[LAST]['box_iou'], 2)} (without {number(metrics['no_layout']['box_iou'], 2)}), "
+        f"{percent(LAST, 'background_accuracy')} of what lies outside all boxes is background, and "
+        f"{percent(LAST, 'identity_retrieval')} are recognised as their own reference among 16 that no caption tells "
+        f"apart (stage 1 {percent('stage1', 'identity_retrieval')}, chance {100 * CHANCE:.0f} %)."
     )
 
 
@@ -460,9 +458,9 @@ def write_page(
             "Asked for, and drawn",
             report.picture(
                 show_layouts(drawn),
-                f"The first {min(NUM_SHOWN, len(drawn.examples))} unseen layouts, none left out; {steps} steps from the same"
-                " noise. Boxes are red where alpha is at least 0.5 (foreground; in the true picture: where it is) and"
-                " blue below; grey: the base was told the prompt alone. Stage 1 is shown no references.",
+                f"The first {min(NUM_SHOWN, len(drawn.examples))} unseen layouts, none left out; {steps} steps from the"
+                " same noise. Boxes are red where alpha is at least 0.5 (in the true picture: foreground) and blue"
+                " below; grey: the base was told the prompt alone. Stage 1 is shown no references.",
             ),
         ),
         (
@@ -477,7 +475,7 @@ def write_page(
             "Other references, same layout and noise",
             report.picture(
                 show_references(drawn, pipeline),
-                "Pairs of reference and drawn picture (stage 3); the framed object's reference changes, all else stays.",
+                "Pairs of reference and drawn picture (stage 3): the framed object's reference changes, nothing else.",
             ),
         ),
         ("Texts of two boxes exchanged", report.picture(show_swaps(drawn), "Stage 3; the two boxes are framed.")),
@@ -491,9 +489,9 @@ def write_page(
         (
             "Figures",
             tell_figures(metrics)
-            + f"<p>Means over the objects of {metrics['num_layouts']} layouts of 2 to 4 objects. Identity: nearer to its own"
+            + f"<p>Means over the objects of {metrics['num_layouts']} layouts of 2 to 4. Identity: nearer to its own"
             " reference than to 15 others of the same caption, shape and colour, by a descriptor that no loss has seen"
-            f" (chance {CHANCE:.2f}). Change outside / inside: what other references change. – means nothing there.</p>",
+            f" (chance {CHANCE:.2f}). Change outside / inside: what other references change. –: not measurable.</p>",
         ),
         ("Stage 3 by groups of objects", tell_groups(metrics)),
         ("What each stage adds", tell_differences(metrics) + "<p>Paired differences with 95 % intervals.</p>"),
