@@ -44,13 +44,13 @@ PRELOAD = [
 # ---- the command, here ----
 
 
-def command_line(run_dir: Path, *others: str, system: str = "shortcut", **training) -> list[str]:
-    """Arguments of train_<system>.py: tiny.yaml, no validation, then keys of the training section."""
+def command_line(run_dir: Path, *others: str, system: str = "shortcut", name: str = "tiny", **training) -> list[str]:
+    """Arguments of train_<system>.py: <name>.yaml, no validation, then keys of the training section."""
     values = {"output_dir": run_dir, **training}
     written = [f"--training.{key}={json.dumps(v) if not isinstance(v, Path) else v}" for key, v in values.items()]
     return [
         "--config",
-        str(ROOT / "configs" / system / "tiny.yaml"),
+        str(ROOT / "configs" / system / f"{name}.yaml"),
         "--validation.validation_steps=null",
         *(w.replace('"', "") for w in written),
         *others,

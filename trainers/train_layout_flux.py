@@ -166,7 +166,8 @@ def validate(model, run: common.TrainingRun, config: Config, task: Task, pipelin
     (batch,) = common.batches_of(held_out[: section.num_validation_images], section.num_validation_images, device)
     pipeline.set_progress_bar_config(disable=True)
     drawn = seed, section.num_inference_steps, section.guidance_scale
-    pictures, alphas = layout_flux.compare(pipeline, batch, *drawn)
+    with model.gathered():
+        pictures, alphas = layout_flux.compare(pipeline, batch, *drawn)
     run.log({}, histograms=alphas)
     return common.mean_of(measured), pictures
 
@@ -218,7 +219,8 @@ def main(argv: list[str] | None = None) -> None:
     config = layout_flux.complete(config, model.adapter)
     pipeline.vae.to(accelerator.device)
     task = create_task(config, dataset, held_out[0], pipeline, accelerator.device)
-    run = common.TrainingRun(accelerator, config, model=model, dataset=dataset, trained=model.adapter)
+    trained = model.adapter or model.transformer
+    run = common.TrainingRun(accelerator, config, model=model, dataset=dataset, trained=trained)
     run.resume()
     network = run.inference_model
     if model.adapter is not None and not run.is_sharded:

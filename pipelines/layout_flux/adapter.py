@@ -62,6 +62,8 @@ class InstanceEncoder(nn.Module):
         self.dino = nn.Linear(embed_dims["dino"], width)
         self.missing = nn.Embedding(len(SOURCES), width)
         self.kind = nn.Embedding(len(SOURCES), width)
+        # all sources speak alike loudly, and as loudly as the many features of the box
+        self.norm = nn.LayerNorm(width, elementwise_affine=False)
         self.fuse = nn.Sequential(nn.Linear(width + box_dim, width // 2), nn.SiLU(), nn.Linear(width // 2, width))
         for embedding in (self.missing, self.kind):
             nn.init.normal_(embedding.weight, std=SMALL)
@@ -78,7 +80,7 @@ class InstanceEncoder(nn.Module):
         for k, name in enumerate(SOURCES):
             embeds, present = getattr(layout, f"{name}_embeds"), getattr(layout, f"has_{name}")
             encoded = getattr(self, name)(embeds)
-            encoded = torch.where(present[..., None], encoded, missing[k].to(encoded.dtype))
+            encoded = self.norm(torch.where(present[..., None], encoded, missing[k].to(encoded.dtype)))
             tokens.append(torch.cat([routes[k][..., None].to(encoded.dtype) * encoded + kinds[k], boxes], dim=-1))
         return self.fuse(torch.stack(tokens, dim=2))
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -9,6 +11,7 @@ from diffusers import FluxPipeline, FluxTransformer2DModel, ModelMixin
 from diffusers.configuration_utils import ConfigMixin
 from diffusers.utils import BaseOutput
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 
 from pipelines.layout_flux.adapter import FluxLayoutAdapter
 from pipelines.layout_flux.attachment import attach
@@ -84,3 +87,19 @@ class LayoutFlux(ModelMixin, ConfigMixin):
         if state is None:
             return LayoutFluxOutput(velocity)
         return LayoutFluxOutput(velocity, state.alpha, state.feedback_magnitude())
+
+    @contextmanager
+    def gathered(self) -> Iterator[None]:
+        """Inside, transformer and adapter can be called by themselves, also where this network is sharded.
+
+        What lies in no block is gathered with this network's own call, which a pipeline does not make. All processes
+        come here, after a first call of the network.
+        """
+        if not isinstance(self, FSDPModule):
+            yield
+            return
+        self.unshard()
+        try:
+            yield
+        finally:
+            self.reshard()

@@ -12,16 +12,21 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import runs
 import torch
+from diffusers import FluxPipeline
+from layout_data import write_data
+from PIL import Image
 from safetensors import safe_open
 from scene_samples import write_scenes
 from shadow_samples import write_folder
 from test_train_shape_vae import write_shapes
-from two_shards import IN_LESS, OVERFLOWS, SYSTEMS, Adapter, stored
+from two_shards import IN_LESS, OVERFLOWS, SYSTEMS, Adapter, digest, stored
 
 from backlot.samples import DataOrder
+from pipelines.layout_flux import load_adapter
 from pipelines.shadow_sdxl import ShadowSDXLPipeline
 from pipelines.shortcut import ShortcutPipeline
 from pipelines.shortcut_scene import OccupancyVAE, ShortcutScenePipeline
@@ -46,6 +51,7 @@ EXPORTED = {
     "shortcut_scene": lambda folder: ShortcutScenePipeline.from_pretrained(folder).transformer,
     "shadow_sdxl": lambda folder: ShadowSDXLPipeline.from_pretrained(folder).unet,
     "shape_vae": OccupancyVAE.from_pretrained,
+    "layout_flux": load_adapter,
 }
 
 
@@ -76,6 +82,7 @@ def folder(tmp_path_factory) -> Path:
     write_shapes(folder / "data/shapes/val", 4, seed=1)
     write_folder(folder / "data/shadows", num_objects=10, lights=2, image_size=16, seed=0)
     write_folder(folder / "data/others", num_objects=2, lights=2, image_size=16, seed=1)
+    write_data(folder / "data/layouts")
     result = launch(folder, str(PROGRAM), str(folder))
     assert result.returncode == 0, result.stdout + result.stderr
     return folder
@@ -127,6 +134,7 @@ def test_each_process_holds_a_share_of_every_part(folder, system):
     sizes = [(straight / f"model-{rank:05d}-of-00002.safetensors").stat().st_size for rank in (0, 1)]
     assert max(sizes) < 0.7 * (whole / "model.safetensors").stat().st_size
     one, all_of_it = stored(straight), stored(whole)
+    all_of_it = {name: value for name, value in all_of_it.items() if not name.startswith("layout_adapter/")}
     assert {name: value.shape for name, value in one.items()} == {name: v.shape for name, v in all_of_it.items()}
     for name, value in all_of_it.items():
         if name.startswith("ema/"):
@@ -177,6 +185,41 @@ def test_half_precision_trains_as_under_ddp(folder, found, system, precision):
     assert_rows_agree(home / "sharded", home / "ddp", 1e-3)
     loss, exact = (runs.rows_of(run)[0]["loss"] for run in (home / "ddp", folder / system / "whole"))
     assert loss != exact
+
+
+def test_layouts_have_identities_to_learn_and_pictures_to_show(folder, found):
+    """Of each update one process has nobody to recognise; pictures are drawn by parts of the network by themselves."""
+    rows = [row for row in runs.rows_of(folder / "layout_flux/straight") if "loss" in row]
+    assert sum("loss/dino_identity" in row for row in rows) >= 3
+    names = {path.name for path in (folder / "layout_flux/whole/samples/inference").iterdir()}
+    assert "predicted-000006.png" in names
+    for name in names:
+        whole, sharded = (
+            np.asarray(Image.open(folder / "layout_flux" / run / "samples/inference" / name), dtype=float)
+            for run in ("whole", "straight")
+        )
+        assert np.abs(whole - sharded).max() <= 1, name
+
+
+def test_layouts_on_two_ranks_have_different_noise_and_equal_weights(found):
+    for run in ("whole", "straight"):
+        first, second = (rank[f"layout_flux/{run}"] for rank in found)
+        assert first["weights"] == second["weights"]
+        assert len(set(first["noise"] + second["noise"])) == 12
+
+
+def test_a_stage_of_layouts_goes_on_from_a_sharded_one(folder, found):
+    """Whose checkpoints are shares, and whose base was trained sharded and exported whole."""
+    stage1 = stored(folder / "layout_flux/stage1/checkpoint-2")
+    given = {name: value for name, value in stage1.items() if name.startswith("ema/")}
+    exported = load_adapter(folder / "layout_flux/stage1")
+    assert given.keys() == {f"ema/{name}" for name in exported.state_dict()}
+    for run in ("whole", "straight"):
+        assert found[0][f"layout_flux/{run}"]["begun"] == digest(given)
+    base = stored(folder / "layout_flux/base/checkpoint-2")
+    transformer = FluxPipeline.from_pretrained(folder / "layout_flux/base").transformer
+    for name, value in transformer.state_dict().items():
+        assert torch.equal(value, base[f"ema/{name}"]), name
 
 
 # ---- 2: another number of processes ----

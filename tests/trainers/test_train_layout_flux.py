@@ -15,7 +15,7 @@ import runs
 import torch
 import yaml
 from diffusers import FluxPipeline
-from layout_data import write_data
+from layout_data import locations, write_data
 from safetensors.torch import load_file
 
 from backlot.config import load_config
@@ -42,11 +42,8 @@ class World:
 
     def arguments(self, stage: str, run_dir: Path, *others: str, **training) -> list[str]:
         values = {"output_dir": run_dir, "logging_steps": 1, "max_train_steps": 3, **training}
-        models = self.root / "data/models"
-        base = models if stage == "base" else self.root / "base"
-        given = [f"--model.pretrained_model_name_or_path={base}", f"--data.output_dir={self.root / 'data'}"]
+        given = locations(self.root / "data", None if stage == "base" else self.root / "base")
         given += [f"--logging_dir={run_dir.parent / 'logs'}", "--validation_steps=null"]
-        given += [f"--dino.encoder={models / 'dino'}", f"--dino.decoder={models / 'taesd'}"]
         given += [f"--training.{key}={'null' if value is None else value}" for key, value in values.items()]
         return ["--config", str(CONFIGS / f"tiny_{stage}.yaml"), *given, *others]
 
@@ -106,14 +103,16 @@ def test_gates_of_the_bridge_have_a_gradient_at_once_and_its_projections_at_the_
         assert second[name].any(), name
 
 
-def test_the_base_learns_whole_and_is_exported_as_flux(world):
-    moments = load_file(world.root / "base/checkpoint-3/optimizer.safetensors")
+def test_the_base_learns_whole_and_is_exported_as_flux(world, tmp_path):
+    """Its gates begin closed, so gradients reach the blocks some updates late."""
+    base = world.train("base", tmp_path / "base", max_train_steps=5)
+    moments = load_file(base / "checkpoint-5/optimizer.safetensors")
     assert [key for key in moments if key.endswith("/exp_avg") and not moments[key].any()] == []
-    pipeline = FluxPipeline.from_pretrained(world.root / "base")
-    assert json.loads((world.root / "base/model_index.json").read_text())["_class_name"] == "FluxPipeline"
-    average = load_file(world.root / "base/checkpoint-3/ema.safetensors")
+    pipeline = FluxPipeline.from_pretrained(base)
+    assert json.loads((base / "model_index.json").read_text())["_class_name"] == "FluxPipeline"
+    average = load_file(base / "checkpoint-5/ema.safetensors")
     for name, value in pipeline.transformer.state_dict().items():
-        assert torch.equal(value, average[f"transformer.{name}"]), name
+        assert torch.equal(value, average[name]), name
     assert pipeline("a red disc", num_inference_steps=1, height=32, width=32, output_type="np").images.shape[1] == 32
 
 
@@ -507,16 +506,3 @@ def test_a_stage_that_fails_ends_the_script(tmp_path):
     script = str(runs.ROOT / "scripts/layout_flux/train.sh")
     result = subprocess.run([script], env=environment, capture_output=True, text=True, check=False)
     assert (result.returncode, result.stdout) == (3, "started\n")
-
-
-# ---- two processes ----
-
-
-def test_two_ranks_draw_different_noise_and_hold_equal_weights(world, tmp_path):
-    """In stage 2, where one of them may have no foreground to look at."""
-    program = Path(__file__).parent / "two_layout_ranks.py"
-    given = {"expected_processes": 2, "max_train_steps": 2}
-    line = world.arguments("stage2", tmp_path / "run", *world.start_of("stage2"), **given)
-    first, second = runs.launch_two(program, tmp_path, *line)
-    assert first["weights"] == second["weights"]
-    assert len(set(first["noise"] + second["noise"])) == 4

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import runs
 import torch
 import torch.distributed as dist
@@ -22,15 +23,19 @@ from accelerate.state import PartialState
 from diffusers import ConfigMixin, ModelMixin
 from diffusers.configuration_utils import register_to_config
 from flow_samples import Flows
+from layout_data import locations
 from safetensors import safe_open
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from trainers import train_layout_flux
 from trainers.common import TrainingRun, create_accelerator
 from trainers.common.config import RunConfig
 
-SYSTEMS = ("shortcut", "shortcut_scene", "shadow_sdxl", "shape_vae")
-IN_LESS = {"shortcut_scene": "bf16", "shadow_sdxl": "fp16"}
+SYSTEMS = ("shortcut", "shortcut_scene", "shadow_sdxl", "shape_vae", "layout_flux")
+CONFIGS = {"layout_flux": "tiny_stage2"}
+IN_LESS = {"shortcut_scene": "bf16", "shadow_sdxl": "fp16", "layout_flux": "bf16"}
+VALIDATED = {"shortcut": 3, "layout_flux": 6}
 OVERFLOWS = 5
 LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "GROUP_RANK")
 
@@ -60,7 +65,7 @@ def command(kind: str, system: str, run_dir: Path, *others: str, **training) -> 
     os.environ.pop("ACCELERATE_USE_FSDP", None)
     if kind == "sharded":
         os.environ["ACCELERATE_USE_FSDP"] = "true"
-    runs.train(run_dir, *others, system=system, **training)
+    runs.train(run_dir, *others, system=system, **{"name": CONFIGS.get(system, "tiny")} | training)
 
 
 def on_first(function: Callable, *arguments) -> None:
@@ -134,7 +139,35 @@ def data_of(folder: Path) -> dict[str, list[str]]:
         "shortcut_scene": [f"--data.data_root={folder / 'data/scenes'}"],
         "shadow_sdxl": [f"--data.path={folder / 'data/shadows'}", f"--data.validation_path={folder / 'data/others'}"],
         "shape_vae": [f"--data.path={folder / 'data/shapes'}"],
+        "layout_flux": [
+            *locations(folder / "data/layouts", folder / "layout_flux/base"),
+            f"--init_from={folder / 'layout_flux/stage1'}",
+            "--logging_dir=null",
+        ],
     }
+
+
+def layouts(folder: Path, found: dict) -> None:
+    """What stage 2 stands on, a base and stage 1, sharded; and from here on its runs leave word of themselves."""
+    home, data = folder / "layout_flux", folder / "data/layouts"
+    settings = {"max_train_steps": 2, "checkpointing_steps": 2, "learning_rate": 1e-2}
+    command("sharded", "layout_flux", home / "base", *locations(data, None), name="tiny_base", **settings)
+    given = [*locations(data, home / "base"), "--logging_dir=null"]
+    command("sharded", "layout_flux", home / "stage1", *given, name="tiny_stage1", **settings)
+    compute_loss = train_layout_flux.compute_loss
+
+    def record(run, batch, config, task, model=None):
+        if model is None:
+            weights = {name: gathered(value) for name, value in run.trained.named_parameters()}
+            old = {name: value for name, value in weights.items() if not name.startswith("modulation_head.")}
+            noted = found.setdefault(str(run.run_dir.relative_to(folder)), {"noise": [], "begun": digest(old)})
+            noted["noise"].append(hashlib.sha256(torch.get_rng_state().numpy().tobytes()).hexdigest())
+            noted["weights"] = digest(weights)
+            if run.step % 2 == dist.get_rank():  # nobody to recognise for one of them
+                batch["identity_boxes"].values = np.zeros_like(batch["identity_boxes"].values)
+        return compute_loss(run, batch, config, task, model)
+
+    train_layout_flux.compute_loss = record
 
 
 def scripts(folder: Path, found: dict) -> None:
@@ -142,7 +175,7 @@ def scripts(folder: Path, found: dict) -> None:
     # a large epsilon: Adam otherwise turns the rounding of gradients that are zero into steps of full size
     settings = runs.EXACT | {"adam_epsilon": 1e-1, "max_train_steps": 6, "logging_steps": 1, "checkpointing_steps": 3}
     for system in SYSTEMS:
-        validated = ["--validation.validation_steps=3"] if system == "shortcut" else []
+        validated = [f"--validation.validation_steps={VALIDATED[system]}"] if system in VALIDATED else []
         home, others = folder / system, [*data_of(folder)[system], *validated]
         command("ddp", system, home / "whole", *others, **settings)
         command("sharded", system, home / "straight", *others, **settings)
@@ -382,7 +415,7 @@ def float16(folder: Path, found: dict) -> None:
             command(kind, system, folder / precision / system / kind, *data_of(folder)[system], **settings)
 
 
-STAGES = (scripts, processes, nonfinite, adapter, float16)
+STAGES = (layouts, scripts, processes, nonfinite, adapter, float16)
 
 
 def main(folder: Path) -> None:
