@@ -9,7 +9,7 @@ TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-shadow demo-scene test test-slow test-gpu lint clean
+.PHONY: help setup demo demo-shadow demo-scene demo-layout test test-slow test-gpu lint clean
 
 help:  ## list the commands
 	@sed -n 's/^\([a-z-]*\):.*##\(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -31,6 +31,9 @@ demo-shadow: $(STAMP)  ## render shadows, learn to cast them in one step, write 
 
 demo-scene: $(STAMP)  ## generate whole 3D scenes, with and without a view of one another, write outputs/demo-scene/report.html (15 min)
 	$(BIN)/python -m demos.scene
+
+demo-layout: $(STAMP)  ## put objects into boxes and keep their identity, in three stages, write outputs/demo-layout/report.html (20 min)
+	$(BIN)/python -m demos.layout
 
 test: $(STAMP)  ## lint and the fast tests (CPU)
 	$(BIN)/ruff check .
