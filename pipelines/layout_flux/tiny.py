@@ -49,6 +49,7 @@ WORDS = tuple(
     for word in line.split()
 )
 CHARACTERS = string.ascii_letters + string.digits + string.punctuation
+BYPASS_RATIO = 4.0
 NUM_CALIBRATION = 256
 
 
@@ -227,6 +228,8 @@ def _image_encoders(clip_width: int, dino_width: int, crop_side: int) -> dict[st
     for model, norm in norms.items():
         _spread(model)
         with torch.no_grad():
+            if model is dino:
+                _even_out(dino, pictures)
             _centre(norm, model.eval()(pixel_values=pictures).pooler_output)
     _spread(clip_vision.visual_projection)
     return {"clip_vision": clip_vision, "dino": dino}
@@ -244,6 +247,26 @@ def _spread(model: nn.Module, biased: bool = True) -> None:
             nn.init.normal_(module.weight, std=module.weight[0].numel() ** -0.5)
             if biased and module.bias is not None:
                 nn.init.normal_(module.bias, std=1.0 if isinstance(module, nn.Conv2d) else 0.5)
+
+
+def _even_out(dino: Dinov2Model, pictures: Tensor) -> None:
+    """Let what differs little between pictures count for more: a mark on an object, beside the object's colour.
+
+    Random features vary mostly with a picture's main colours. The last layer's principal components are divided by
+    their standard deviations, and the layer is made strong beside what bypasses it.
+    """
+    outputs, last = [], dino.encoder.layer[-1].mlp
+    hook = last.register_forward_hook(lambda module, given, output: outputs.append(output[:, 0]))
+    dino.eval()(pixel_values=pictures)
+    hook.remove()
+    features = outputs[0] - outputs[0].mean(0)
+    variances, components = torch.linalg.eigh(features.T @ features / len(features))
+    variances = (variances / variances.max()).clamp(min=1e-4)
+    factors = variances**-0.5
+    factors *= BYPASS_RATIO * (variances.sum() / (variances * factors**2).sum()).sqrt()
+    change = components @ torch.diag(factors) @ components.T
+    last.fc2.bias.copy_(change @ (last.fc2.bias - outputs[0].mean(0)))
+    last.fc2.weight.copy_(change @ last.fc2.weight)
 
 
 def _centre(norm: nn.LayerNorm, features: Tensor) -> None:
