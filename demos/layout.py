@@ -15,8 +15,9 @@ from pathlib import Path
 
 import torch
 import yaml
+from diffusers.utils import logging as diffusers_logging
 from pydantic import Field
-from transformers.utils import logging
+from transformers.utils import logging as transformers_logging
 
 from backlot.command_line import parse
 from data_prep.layouts.dataset import LayoutDataset
@@ -24,7 +25,7 @@ from data_prep.layouts.prepare import MODELS, prepare
 from data_prep.layouts.settings import PrepareSettings
 from demos import common
 from demos.layout_figures import STAGES, find_goals, read_tags
-from demos.layout_page import without_references, write_page
+from demos.layout_page import tell_goal, without_references, write_page
 from evaluation.layout_flux import Protocol, Sampling, Similarity, Variants, load_model, measure, summarise
 from evaluation.layout_flux.drawing import Drawing
 from evaluation.layout_flux.examples import other_references, read_examples, read_profile
@@ -56,7 +57,6 @@ class Settings(common.DemoSettings):
 
 def prepare_scenes(output_dir: Path, num_train: int) -> None:
     """Scenes to train on, and scenes of other identities to test on, encoded by the same small random models."""
-    logging.disable_progress_bar()
     shared = {"profile": "demo", "vae": VAE, "device": "cpu", "num_workers": 2, "batch_size": 128}
     data, test = output_dir / "data", output_dir / "test"
     prepare(PrepareSettings(**shared, output_dir=data, models="tiny", num_samples=num_train, train_split=TRAIN_SPLIT))
@@ -159,6 +159,8 @@ def main(argv: list[str] | None = None) -> None:
     output_dir, seconds, began = settings.output_dir, {}, time.perf_counter()
     common.empty_folder(output_dir, "data/prepare_meta.json")
     torch.set_num_threads(2)
+    transformers_logging.disable_progress_bar()
+    diffusers_logging.disable_progress_bar()
 
     def lap(name: str) -> None:
         seconds[name] = time.perf_counter() - began - sum(seconds.values())
@@ -177,8 +179,9 @@ def main(argv: list[str] | None = None) -> None:
     updates = {name: settings.max_train_steps or common.planned_updates(config) for name, config in CONFIGS.items()}
     metrics |= {"updates": updates, "seconds": seconds | {"total": time.perf_counter() - began}}
     common.write_metrics(output_dir, metrics)
-    for goal in metrics["goals"]:
-        print(f"{'reached' if goal['reached'] else 'MISSED':>8}  {goal['what']}: {goal['value']} ({goal['asked']})")
+    for goal in find_goals(metrics):
+        what, asked, value, _ = tell_goal(goal)
+        print(f"{'reached' if goal.reached else 'MISSED':>8}  {what}: {value} ({asked})")
     print(f"{metrics['seconds']['total']:.0f} s. Open {output_dir / 'report.html'}")
 
 
