@@ -109,8 +109,7 @@ def compute_loss(run: common.TrainingRun, batch: dict, config: Config, task: Tas
     objective, flows, weights = objectives.layout, objectives.rectified_flow, config.loss_weights
     latents, device = batch["latents"], batch["latents"].device
     p_low = config.dino.p_low if weights.dino_identity else 0.0
-    low = p_low, config.dino.sigma_max
-    levels = objective.draw_sigmas(len(latents), config.timesteps, task.mu, *low)
+    levels = objective.draw_sigmas(len(latents), config.timesteps, task.mu, p_low, config.dino.sigma_max)
     kept = objective.draw_kept(*batch["valid"].shape, config.dropout)
     layout, *prompts = layout_flux.conditions(batch, kept.to(device), task.empty_prompt)
     sigmas, noise = levels.to(device, non_blocking=True), torch.randn_like(latents)
@@ -149,8 +148,11 @@ def compute_loss(run: common.TrainingRun, batch: dict, config: Config, task: Tas
         metrics["loss/region_preservation"] = changed
         loss = loss + weights.region_preservation * changed[0]
     rate = run.training.learning_rate * run.lr_scheduler.lr_lambdas[0](run.step)
-    metrics |= {"loss/total": loss, "metrics/timestep_mean": 1000 * sigmas.mean()}
-    metrics["metrics/learning_rate"] = torch.full((), rate, device=device)
+    metrics |= {
+        "loss/total": loss,
+        "metrics/timestep_mean": 1000 * sigmas.mean(),
+        "metrics/learning_rate": torch.full((), rate, device=device),
+    }
     return loss, {name: value.detach() for name, value in metrics.items()}, histograms
 
 
