@@ -81,7 +81,8 @@ class Launched:
         """Until these files exist."""
         give_up = time.monotonic() + STARTS_WITHIN
         while not all(file.exists() for file in files):
-            assert self.alive(), self.log.read_text()
+            # asked first: a process that is just being started shows no environment for a moment
+            assert self.launcher.poll() is None or self.alive(), self.log.read_text()
             assert time.monotonic() < give_up, self.log.read_text()
             time.sleep(0.02)
 
