@@ -257,7 +257,8 @@ class Quarantine:
             if row not in self._listed:
                 self._append({"path": self._source.name(row), "row": row, "reason": reason})
                 self._listed.add(row)
-        count = len(self._listed.union(self._bad.nonzero().flatten().tolist()))
+        # A copy: other workers may set rows meanwhile, and nonzero() fails if its two passes find different counts.
+        count = len(self._listed.union(self._bad.clone().nonzero().flatten().tolist()))
         bound = self.max_bad_fraction * len(self._source)
         if count > bound:
             where = "" if self.path is None else f"; they are listed in {self.path} (repair them, then delete the list)"

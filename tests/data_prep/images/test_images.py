@@ -7,6 +7,7 @@ import io
 import json
 import re
 import struct
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from backlot.pictures import decode_image
-from data_prep.images.dataset import DataQualityError, open_images
+from data_prep.images.dataset import DataQualityError, Quarantine, open_images
 from data_prep.images.digits import load_digits
 
 
@@ -369,6 +370,29 @@ def test_bad_pictures_are_listed_and_replaced(folder, tmp_path, workers):
         assert len(entries) == len(expected)
     for entry in entries:
         assert re.search(expected[entry["path"]], entry["reason"]), entry
+
+
+def test_rows_are_counted_while_other_workers_set_them():
+    """The rows are in shared memory: what another worker sets between two looks must not trouble a count."""
+
+    class Rows(list):
+        name = "row {}".format
+
+    quarantine = Quarantine(Rows(range(2_000_000)), max_bad_fraction=1.0, path=None)
+    shared, finished = quarantine._bad.numpy(), threading.Event()
+
+    def set_and_clear() -> None:
+        while not finished.is_set():
+            shared[::97] ^= True
+
+    other = threading.Thread(target=set_and_clear)
+    other.start()
+    try:
+        for row in range(20):
+            quarantine.add(row, "unreadable")
+    finally:
+        finished.set()
+        other.join()
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
