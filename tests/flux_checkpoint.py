@@ -60,6 +60,7 @@ def create_adapter(transformer: FluxTransformer2DModel, awake: bool = True, **se
         "dino_embed_dim": DINO,
         "box_grid": 2,
         "fourier_freqs": 2,
+        "place_freqs": 2,
         "lora_rank": 4,
         "lora_alpha": 4,
         "modulation_hidden": 16,

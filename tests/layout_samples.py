@@ -44,6 +44,7 @@ def tiny_adapter(transformer: FluxTransformer2DModel, stage: str = "bridge", awa
         "layout_double_blocks": "every 2",
         "lora_rank": 4,
         "lora_alpha": 8,
+        "place_freqs": 2,
         **WIDTHS,
         **STAGES[stage],
         **changed,

@@ -26,6 +26,7 @@ TOKEN_PROJECTIONS = ("add_q_proj", "add_k_proj", "add_v_proj", "to_add_out")
 PROJECTIONS = IMAGE_PROJECTIONS + TOKEN_PROJECTIONS
 STREAMS = ("image", "text")
 SMALL = 0.02  # spread of learned vectors that stand for a source
+PLACE = 0.05  # and of what is made of a token's place in its box
 ALPHA_RANGE = (0.05, 0.95)
 
 
@@ -101,9 +102,15 @@ class LowRank(nn.Module):
 
 
 class LayoutHead(nn.Module):
-    """What the layout branch of one block adds to the block's own projections."""
+    """What the layout branch of one block adds to the block's own projections.
 
-    def __init__(self, width: int, projections: Iterable[str], rank: int, alpha: float, dropout: float):
+    Args:
+        place_freqs: of the features that tell an image token where in the box it lies; 0: it is not told.
+    """
+
+    def __init__(
+        self, width: int, projections: Iterable[str], rank: int, alpha: float, dropout: float, place_freqs: int = 0
+    ):
         super().__init__()
         self.zero_out = nn.Linear(width, width)
         nn.init.zeros_(self.zero_out.weight)
@@ -111,6 +118,10 @@ class LayoutHead(nn.Module):
         self.lora = nn.ModuleDict(
             {name.replace(".", "_"): LowRank(width, width, rank, alpha, dropout) for name in projections}
         )
+        self.place = None
+        if place_freqs:  # without effect as long as `zero_out` is 0
+            self.place = nn.Linear(4 * place_freqs, 3 * width, bias=False)
+            nn.init.normal_(self.place.weight, std=PLACE)
 
     def project(self, name: str, layer: nn.Module, x: Tensor) -> Tensor:
         """The block's own projection with its change, if it has one here."""
@@ -174,6 +185,7 @@ class FluxLayoutAdapter(ModelMixin, ConfigMixin):
         layout_blocks: double blocks that have a layout branch, ascending.
         text_embed_dim, clip_embed_dim, dino_embed_dim: widths of the embeddings it is given.
         box_grid, fourier_freqs: points along a side of a box, frequencies of each of their coordinates.
+        place_freqs: frequencies of an image token's place in the box, which the layout branch is told; 0: not told.
         lora_rank, lora_alpha, lora_dropout, lora_targets: of the branch's change of the block's projections; rank None:
             unchanged.
         modulation_hidden: width of the modulation's trunk; None: no modulation.
@@ -210,6 +222,7 @@ class FluxLayoutAdapter(ModelMixin, ConfigMixin):
         max_refs: int = 50,
         base_model: str | None = None,
         encoders: dict[str, str] | None = None,
+        place_freqs: int = 0,
     ):
         super().__init__()
         if sorted(set(layout_blocks)) != list(layout_blocks) or not set(layout_blocks) <= set(range(num_blocks)):
@@ -231,7 +244,8 @@ class FluxLayoutAdapter(ModelMixin, ConfigMixin):
             # after the last branch nobody reads the tokens: what would only change them could never learn
             unread = {"add_q_proj", "to_add_out"} if block == layout_blocks[-1] else set()
             targets = [name for name in lora_targets if name not in unread] if lora_rank else []
-            self.layout_heads[str(block)] = LayoutHead(width, targets, lora_rank or 1, lora_alpha, lora_dropout)
+            sizes = lora_rank or 1, lora_alpha, lora_dropout, place_freqs
+            self.layout_heads[str(block)] = LayoutHead(width, targets, *sizes)
         self.modulation_head = ModulationHead(width, num_blocks, modulation_hidden) if modulation_hidden else None
         bridged = range(num_blocks - 1) if bridge_rank else ()  # after the last block nobody would listen
         self.bridges = nn.ModuleDict({str(block): Bridge(width, bridge_rank) for block in bridged})
@@ -280,7 +294,7 @@ class FluxLayoutAdapter(ModelMixin, ConfigMixin):
         prefixes = {
             "alpha_predictor": r"alpha_predictor\.",
             "instance_encoder": r"instance_encoder\.",
-            "layout_head": r"layout_heads\.\d+\.zero_out\.",
+            "layout_head": r"layout_heads\.\d+\.(zero_out|place)\.",
             "assemble_attn_lora": r"layout_heads\.\d+\.lora\.",
             "modulation_head": r"modulation_head\.",
             "feedback_bridge": r"bridges\.",
@@ -345,7 +359,7 @@ class FluxLayoutAdapter(ModelMixin, ConfigMixin):
             tokens=self.instance_encoder(layout, features, acting),
             alpha=alpha,
             valid=valid,
-            groups=group_tokens(boxes, grid, device),
+            groups=group_tokens(boxes, grid, device, config.place_freqs),
             covered=covered,
             coverage=covered.sum(dim=1)[..., None].clamp(min=1),
             rotary=centre_rotary(boxes, grid, pos_embed, device),

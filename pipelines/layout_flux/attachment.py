@@ -299,7 +299,7 @@ def assemble(
     assembled = torch.zeros(batch * layout.num_tokens, width, dtype=torch.float32, device=hidden_states.device)
     answers = torch.zeros(batch * number, kinds, width, dtype=hidden_states.dtype, device=hidden_states.device)
     for group in layout.groups:
-        attended = _attend(group, image, instance)
+        attended = _attend(group, image, instance, head.place)
         strength = share[group.instances[:, None], group.tokens % layout.num_tokens][..., None]
         if group.inside is not None:
             strength = strength * group.inside[..., None]
@@ -330,10 +330,14 @@ def _project(head: LayoutHead, attn: nn.Module, x: Tensor, names: tuple[str, ...
     return [norms[0](query), norms[1](key), value]
 
 
-def _attend(group: TokenGroup, image: list[Tensor], instance: list[Tensor]) -> Tensor:
+def _attend(group: TokenGroup, image: list[Tensor], instance: list[Tensor], place: nn.Module | None) -> Tensor:
     """Joint attention within each instance of a group -> (G, 3 + L, D), the instance's own tokens first."""
+    inside = [part[group.tokens] for part in image]
+    if place is not None:  # a token in two boxes has a place in each
+        places = place(group.places.to(inside[0].dtype)).chunk(3, dim=-1)
+        inside = [part + told.view_as(part).to(part.dtype) for part, told in zip(inside, places, strict=True)]
     query, key, value = (
-        torch.cat([own[group.instances], all_[group.tokens]], dim=1) for own, all_ in zip(instance, image, strict=True)
+        torch.cat([own[group.instances], cut], dim=1) for own, cut in zip(instance, inside, strict=True)
     )
     mask = None
     if group.inside is not None:

@@ -90,16 +90,24 @@ class TokenGroup:
         instances: (G,) indices into the B * N instances.
         tokens: (G, L) indices into the B * S image tokens; any where `inside` is false.
         inside: (G, L), or None where all of them are.
+        places: (G, L, 4 f) features of where in its box a token lies; None where nobody asks for them.
     """
 
     instances: Tensor
     tokens: Tensor
     inside: Tensor | None
+    places: Tensor | None = None
 
 
-def group_tokens(boxes: np.ndarray, grid: tuple[int, int], device: torch.device) -> list[TokenGroup]:
+def group_tokens(
+    boxes: np.ndarray, grid: tuple[int, int], device: torch.device, place_freqs: int = 0
+) -> list[TokenGroup]:
     """The tokens of all boxes with an area, (B, N, 4), in at most three groups: longer boxes are not what small ones
-    are padded to. Instances without boxes give one group of one token that no weight belongs to."""
+    are padded to. Instances without boxes give one group of one token that no weight belongs to.
+
+    Args:
+        place_freqs: frequencies of `place_features`; 0: without them.
+    """
     instances = boxes.shape[1]
     if not instances:
         return []
@@ -121,8 +129,25 @@ def group_tokens(boxes: np.ndarray, grid: tuple[int, int], device: torch.device)
         for row, member in enumerate(members):
             tokens[row, : lengths[member]], inside[row, : lengths[member]] = lists[member], True
         mask = None if inside.all() else torch.from_numpy(inside).to(device)
-        groups.append(TokenGroup(torch.from_numpy(real[members]).to(device), torch.from_numpy(tokens).to(device), mask))
+        places = None
+        if place_freqs:
+            places = place_features(flat[real[members]], tokens % (rows * columns), grid, place_freqs).to(device)
+        given = torch.from_numpy(real[members]).to(device), torch.from_numpy(tokens).to(device), mask, places
+        groups.append(TokenGroup(*given))
     return groups
+
+
+def place_features(boxes: np.ndarray, tokens: np.ndarray, grid: tuple[int, int], frequencies: int) -> Tensor:
+    """Where in its box the centre of a token lies: boxes (G, 4), tokens (G, L) of one picture -> (G, L, 4 f).
+
+    x and y run from 0 to 1 along the box; each gives the sines, then the cosines, of itself times pi 2^(k - 1).
+    """
+    rows, columns = grid
+    centres = np.stack([(tokens % columns + 0.5) / columns, (tokens // columns + 0.5) / rows], axis=-1)
+    sides = np.maximum(boxes[:, 2:] - boxes[:, :2], 1 / max(grid))
+    angles = ((centres - boxes[:, None, :2]) / sides[:, None])[..., None] * np.pi * 2.0 ** (np.arange(frequencies) - 1)
+    features = np.concatenate([np.sin(angles), np.cos(angles)], axis=-1)
+    return torch.from_numpy(features.reshape(*tokens.shape, 4 * frequencies).astype(np.float32))
 
 
 def covered_tokens(boxes: np.ndarray, grid: tuple[int, int]) -> Tensor:

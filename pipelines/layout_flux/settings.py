@@ -107,6 +107,8 @@ class ModelConfig(Section):
     """Points along each side of a box that its position is told by."""
     fourier_freqs: int = Field(8, gt=0)
     """Frequencies of each of their coordinates."""
+    place_freqs: int = Field(0, ge=0)
+    """Frequencies of an image token's place in the box; 0, as published: the layout branch is not told of it."""
     tokens_per_instance: Literal[3] = 3
     """Of an object: its text, its CLIP and its DINOv2 embedding."""
 
@@ -165,6 +167,7 @@ def adapter_settings(
         "layout_double_blocks": model.layout_double_blocks,
         "box_grid": model.box_grid,
         "fourier_freqs": model.fourier_freqs,
+        "place_freqs": model.place_freqs,
         "max_refs": model.max_refs,
         "base_model": model.pretrained_model_name_or_path,
         "lora_rank": lora.rank if "assemble_attn_lora" in parts else None,

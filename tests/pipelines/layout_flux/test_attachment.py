@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 
 import numpy as np
 import pytest
@@ -209,10 +210,12 @@ def bound_parts(forward, adapter, number):
 # --- the layout branch ------------------------------------------------------------------------------
 
 
-def branch(boxes: list = OVERLAPPING, batch: int = 1, awake: float = 0.3, lora: bool = True, **changed):
+def branch(
+    boxes: list = OVERLAPPING, batch: int = 1, awake: float = 0.3, lora: bool = True, place_freqs: int = 2, **changed
+):
     """Arguments of `assemble`, block 0, and the adapter."""
     transformer = tiny_flux()
-    adapter = tiny_adapter(transformer, "layout", awake, lora_rank=4 if lora else None)
+    adapter = tiny_adapter(transformer, "layout", awake, lora_rank=4 if lora else None, place_freqs=place_freqs)
     state = see(adapter, transformer, tiny_layout(boxes, batch, **changed))
     generator = torch.Generator().manual_seed(5)
     hidden_states = torch.randn(batch, 48, 32, generator=generator)
@@ -268,6 +271,10 @@ def plain_loop(block, head, hidden_states, tokens, temb, pos_embed, boxes, valid
             value = torch.cat([value, heads(project("to_v", attn.to_v, x))], dim=1)
             query = apply_rotary_emb(query, rope, sequence_dim=1)
             key = apply_rotary_emb(key, rope, sequence_dim=1)
+            if head.place is not None:
+                told = head.place(plain_places(where, boxes[b][i], head.place.in_features // 4))
+                for part, place in zip((query, key, value), told.split(32, dim=-1), strict=True):
+                    part[:, 3:] += heads(place)
             scores = torch.einsum("bqhd,bkhd->bhqk", query, key) / 16**0.5
             answer = torch.einsum("bhqk,bkhd->bqhd", scores.softmax(dim=-1), value).flatten(2)[0]
             summed[where] += 2 * (1 - alpha[b, i]) * answer[3:] / count[where, None]
@@ -279,12 +286,27 @@ def plain_loop(block, head, hidden_states, tokens, temb, pos_embed, boxes, valid
     return out_states, out_tokens
 
 
+def plain_places(where, box, frequencies):
+    """sin and cos of pi / 2, pi, 2 pi, ... times the place of each token's centre in its box."""
+    (rows, columns), (x1, y1, x2, y2) = GRID, box
+    features = []
+    for token in where.tolist():
+        x, y = (token % columns + 0.5) / columns, (token // columns + 0.5) / rows
+        row = []
+        for place in ((x - x1) / max(x2 - x1, 1 / max(GRID)), (y - y1) / max(y2 - y1, 1 / max(GRID))):
+            angles = [place * math.pi * 2 ** (k - 1) for k in range(frequencies)]
+            row += [math.sin(angle) for angle in angles] + [math.cos(angle) for angle in angles]
+        features.append(row)
+    return torch.tensor(features)
+
+
+@pytest.mark.parametrize("place_freqs", [0, 3])
 @pytest.mark.parametrize("alpha", [None, [[0.1, 0.9, 0.3, 0.75, 0.5], [0.95, 0.05, 0.5, 0.6, 0.2]]])
-def test_all_instances_at_once_are_a_plain_loop_over_them(alpha):
+def test_all_instances_at_once_are_a_plain_loop_over_them(alpha, place_freqs):
     boxes = [[*OVERLAPPING, [0.0, 0.9, 1.0, 1.0]], [[0.6, 0.0, 1.0, 0.3], *OVERLAPPING]]
     valid = torch.tensor([[True] * 5, [True, True, False, True, True]])
     given = {"valid": valid} | ({} if alpha is None else {"alpha": torch.tensor(alpha)})
-    block, head, hidden_states, tokens, temb, rotary, state = branch(boxes, 2, **given)
+    block, head, hidden_states, tokens, temb, rotary, state = branch(boxes, 2, place_freqs=place_freqs, **given)
     states, answers = assemble(block, head, hidden_states, tokens, temb, rotary, state)
     pos_embed = tiny_flux().pos_embed
     expected = plain_loop(block, head, hidden_states, tokens, temb, pos_embed, boxes, valid, state.alpha)

@@ -131,6 +131,7 @@ FIRST = {
     "layout": ["zero_out."],
     "modulation": [
         "zero_out.",
+        ".place.",
         "modulation_head.shared.",
         "modulation_head.blocks.",
         ".up.",
@@ -141,7 +142,7 @@ FIRST = {
     "bridge": [".gate."],
 }
 SECOND = {
-    "layout": ["instance_encoder.", ".up.", "alpha_predictor.linear_2."],
+    "layout": ["instance_encoder.", ".place.", ".up.", "alpha_predictor.linear_2."],
     "modulation": ["modulation_head.trunk."],
     "bridge": [".down.", ".up."],
 }
