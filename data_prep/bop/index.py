@@ -96,6 +96,14 @@ def list_files(folder: Path) -> list[Path]:
     return files
 
 
+def find_folders(folder: Path) -> list[Path]:
+    """The folder if it holds shards or scenes, else those in it that do; ValueError if there is none."""
+    for candidates in ([folder], sorted(path for path in folder.glob("*") if path.is_dir())):
+        if found := [path for path in candidates if any(path.glob("[!.]*.tar")) or scene_ids(path)]:
+            return found
+    raise ValueError(f"{folder} holds neither .tar shards nor BOP scenes (folders with {CAMERA_NAME})")
+
+
 def describe(folder: Path, files: Sequence[Path]) -> list:
     """What an index must have been made of."""
     try:
