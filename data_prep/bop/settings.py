@@ -70,7 +70,7 @@ class CheckSettings(Section):
 class MakeScenesSettings(Section):
     out: Path
     """folder of the BOP dataset; if it holds a part, that is completed"""
-    split: str = Field("train", pattern=r"[a-z][a-z0-9_]*")
+    split: str = Field("train", pattern=r"^[a-z][a-z0-9_]*$")
     """folder of the scenes"""
     num_objects: int = Field(20, ge=1)
     """that are made"""
