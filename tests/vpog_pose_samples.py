@@ -1,4 +1,5 @@
 """A cuboid whose depth is known in closed form, and what a perfect network would say of two of its views."""
+# ruff: noqa: N803 - K is what everybody calls it
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 A query patch p that matches a template patch s gives a correspondence for each pixel of *s* that the object covers: its
 point is known exactly, the flow says where in the query it lies, c_p + patch_size * flow, in pixels of the crop.
 """
+# ruff: noqa: N803 - K is what everybody calls it
 
 from __future__ import annotations
 
@@ -127,7 +128,7 @@ def gather_correspondences(
 
 
 def _center_of(has_surface: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:
-    """Whether there is a surface at the centre of patches (M, ps, ps, ...), and its mean point: (M, 1, 1), (M, 1, 1, 3).
+    """Whether a surface is at the centre of patches (M, ps, ps, ...), and its mean point, (M, 1, 1) and (M, 1, 1, 3).
 
     The centre of a patch of even size lies between four pixels.
     """

@@ -1,4 +1,5 @@
 """Poses drawn over pictures: the object's surface as dots, its axes, and how surely it was found."""
+# ruff: noqa: N803 - K is what everybody calls it
 
 from __future__ import annotations
 

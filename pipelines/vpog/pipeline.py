@@ -1,4 +1,5 @@
 """VPOGPipeline: a picture of an object and pictures of its CAD model -> its 6D pose."""
+# ruff: noqa: N803 - K is what everybody calls it
 
 from __future__ import annotations
 
@@ -28,6 +29,7 @@ from pipelines.vpog.solve import PoseSolution, Solver, choose_solver, place_temp
 from pipelines.vpog.templates import TemplateSet, render_template_set
 from pipelines.vpog.token_cache import TokenCache, model_sha256, pictures_sha256
 
+OPAQUE = 127  # alpha above it is the object
 InPlane = Literal["network", "rotate_templates"]
 Combine = Literal["pool", "each"]
 
@@ -74,12 +76,25 @@ class VPOGPipelineOutput(BaseOutput):
 
 @dataclass(frozen=True)
 class PreparedTemplates:
-    """A template set, rotated where asked for, with its tokens (T, N, C) and the patches (T, N) of the object."""
+    """A template set, rotated where asked for.
 
-    templates: TemplateSet
+    Args:
+        views: of the T templates.
+        K: (3, 3) float64, their camera.
+        depth: (T, H, W) float32 metres, 0 = no surface.
+        patches: (T, N) bool, which show the object.
+        tokens: (T, N, C).
+    """
+
     views: Views
-    tokens: Tensor
+    K: Tensor
+    depth: Tensor
     patches: Tensor
+    tokens: Tensor
+
+    def points(self, rows: Tensor) -> Tensor:
+        """The object's points (S, H, W, 3) behind the pixels of some templates."""
+        return object_points(self.depth[rows], self.K, self.views.camera_from_object[rows])
 
 
 @dataclass(frozen=True)
@@ -211,20 +226,21 @@ class VPOGPipeline(ExportedPipeline):
             num_rotations: turns about the camera's axis in which each template is looked at.
             batch_size: pictures that are encoded together.
         """
-        key = pictures_sha256(templates.rgba.numpy(), templates.K.tolist(), num_rotations)
+        key = pictures_sha256(np.asarray(templates.rgba), np.asarray(templates.K).tolist(), num_rotations)
         rotated = templates if num_rotations == 1 else templates.rotate_in_plane(num_rotations)
-        alpha = rotated.rgba[..., 3] > 0
+        rgba = torch.as_tensor(rotated.rgba)
 
         def encode() -> Tensor:
-            tokens = []
-            for rgba in rotated.rgba.split(batch_size):
-                pictures = rgba.permute(0, 3, 1, 2).float() / 255
-                tokens.append(self._encode(pictures[:, :3] * (pictures[:, 3:] > 0)))
-            return torch.cat(tokens)
+            pictures = (to_network(part) for part in rgba.split(batch_size))
+            return torch.cat([self._encode(each) for each in pictures])
 
-        tokens = self.token_cache.get(self._model_hash(), key, encode, self._execution_device)
-        views = Views(rotated.camera_from_object.double(), num_rotations)
-        return PreparedTemplates(rotated, views, tokens, covered_patches(alpha, self.model.patch_size))
+        return PreparedTemplates(
+            views=Views(torch.as_tensor(rotated.camera_from_object).double(), num_rotations),
+            K=torch.as_tensor(rotated.K).double(),
+            depth=torch.as_tensor(rotated.depth),
+            patches=covered_patches(rgba[..., 3] > OPAQUE, self.model.patch_size),
+            tokens=self.token_cache.get(self._model_hash(), key, encode, self._execution_device),
+        )
 
     # --- the network on groups of templates -------------------------------------------------------------------------
 
@@ -274,7 +290,7 @@ class VPOGPipeline(ExportedPipeline):
     ) -> PoseEstimate:
         """The pose by one group of templates (S,), the first of them the reference."""
         output = self._match(tokens, prepared, group[None])
-        chosen = prepared.templates.subset(group)
+        depth, poses = prepared.depth[group], prepared.views.camera_from_object[group]
         logits = output.logits[0].float().cpu()
         flow, scale = read_flow(output, settings.flow)
         found = gather_correspondences(
@@ -282,8 +298,8 @@ class VPOGPipeline(ExportedPipeline):
             output.buddies[0].cpu(),
             flow,
             scale,
-            chosen.depth,
-            object_points(chosen.depth, chosen.K, chosen.camera_from_object),
+            depth,
+            prepared.points(group),
             query.patches,
             settings.max_points,
         )
@@ -291,8 +307,7 @@ class VPOGPipeline(ExportedPipeline):
         best: tuple[float, Tensor, Tensor] | None = None
         for source in sources:
             mine = torch.ones(len(found), dtype=torch.bool) if source is None else found.templates == source
-            frame = chosen.camera_from_object[source or 0]
-            solution = self._solve(found.select(mine), query, frame, settings)
+            solution = self._solve(found.select(mine), query, poses[source or 0], settings)
             if solution is None:
                 continue
             inliers = torch.zeros(len(found), dtype=torch.bool)
@@ -301,10 +316,8 @@ class VPOGPipeline(ExportedPipeline):
             if best is None or score > best[0]:
                 best = score, solution.camera_from_object, inliers
         if best is None:
-            box = box_of(chosen.rgba[0, ..., 3] > 0)
-            corners = torch.cat([query.box.reshape(2, 2) - 0.5, torch.ones(2, 1, dtype=torch.float64)], dim=1)
-            in_crop = (corners @ query.crop_from_picture.T)[:, :2].flatten() + 0.5
-            pose = place_template(chosen.camera_from_object[0], chosen.K, box, query.K, in_crop)
+            extent = box_of(depth[0] > 0)
+            pose = place_template(poses[0], prepared.K, extent, query.K, query.box_in_crop)
             best = 0.0, pose, torch.zeros(len(found), dtype=torch.bool)
         turns = len(prepared.views) // prepared.views.copies
         return PoseEstimate(
@@ -345,8 +358,7 @@ class VPOGPipeline(ExportedPipeline):
         group = prepared.views.nearest(pose, settings.group_size)
         if recrop is not None:
             picture, K = recrop
-            near = prepared.templates.subset(group)
-            box = projected_box(near, pose, K)
+            box = projected_box(prepared.points(group)[prepared.depth[group] > 0], pose, K)
             height, width = picture.shape[1:]
             if box is not None and box[2] > 0 and box[3] > 0 and box[0] < width and box[1] < height:
                 query = self.crop(picture, K, box, None)
@@ -464,11 +476,16 @@ def score_pose(logits: Tensor, found: Correspondences, mine: Tensor, inliers: Te
     return float(per_patch[object_patches].mean())
 
 
-def projected_box(templates: TemplateSet, camera_from_object: Tensor, K: Tensor) -> Tensor | None:
-    """Edges (4,) of where a pose shows the surface that templates see; None if it is not all before the camera."""
-    points = object_points(templates.depth, templates.K, templates.camera_from_object)[templates.depth > 0]
+def projected_box(points: Tensor, camera_from_object: Tensor, K: Tensor) -> Tensor | None:
+    """Edges (4,) of where a pose shows points (P, 3) of the surface; None if they are not all before the camera."""
     seen = transform(camera_from_object, points)
     if len(seen) == 0 or not (seen[:, 2] > 0).all():
         return None
     places = project(K, seen) + 0.5
     return torch.cat([places.amin(dim=0), places.amax(dim=0)])
+
+
+def to_network(rgba: Tensor) -> Tensor:
+    """Templates (T, H, W, 4) uint8 as the network sees them: (T, 3, H, W) in [0, 1], black beside the object."""
+    pixels = rgba.permute(0, 3, 1, 2).float()
+    return pixels[:, :3] * (pixels[:, 3:] / 255**2)

@@ -1,4 +1,5 @@
 """A picture of an object as the network sees it: read from what users have, cropped, its patches known."""
+# ruff: noqa: N803 - K is what everybody calls it
 
 from __future__ import annotations
 
@@ -33,6 +34,16 @@ class Query:
     box: Tensor
     crop_from_picture: Tensor
     K: Tensor
+
+    @property
+    def box_in_crop(self) -> Tensor:
+        """(4,), edges of pixels of the crop."""
+        return (transform_2d(self.crop_from_picture, self.box.reshape(2, 2) - 0.5) + 0.5).flatten()
+
+
+def transform_2d(M: Tensor, places: Tensor) -> Tensor:
+    """Places (P, 2) through an affine (3, 3)."""
+    return places @ M[:2, :2].T + M[:2, 2]
 
 
 def read_picture(image: Picture) -> Tensor:
@@ -142,10 +153,10 @@ def crop_query(
     is_object = mask_of(box, height, width) if mask is None else mask
     box = box_of(mask) if box is None else box
     M = square_crop(box[None], size, padding)
-    in_crop = warp(is_object[None, None].float(), M.float(), size, mode="nearest")[0, 0] > 0.5
+    in_crop = warp(is_object[None, None].float(), M, size, mode="nearest")[0, 0] > 0.5
     if not in_crop.any():
         raise ValueError("`mask` must show the object within `box`, got none of its pixels there")
-    image = warp(picture[None], M.float(), size)[0].clamp(0, 1)
+    image = (warp(255 * picture[None], M, size)[0].round() / 255).clamp(0, 1)  # 8 bits, as in training
     if remove_background and mask is not None:
         image = image * in_crop
     patches = covered_patches(in_crop[None], patch_size)[0]

@@ -1,4 +1,5 @@
 """A pose from correspondences: RANSAC, then Levenberg-Marquardt on what agrees with it."""
+# ruff: noqa: N803 - K is what everybody calls it
 
 from __future__ import annotations
 
