@@ -6,7 +6,8 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     __name__,
     submod_attrs={
         "format": ["BadSampleError", "BopDataset", "Row", "Sample", "Source", "write_scene", "write_targets"],
-        "index": ["PoseSource", "open_source"],
+        "index": ["PoseSource"],
         "models": ["Models", "read_models", "write_models"],
+        "results": ["PoseEstimate", "read_results", "write_results"],
     },
 )
