@@ -6,6 +6,7 @@ centres, colours are averages over what of a pixel is covered. The z-buffer need
 OpenGL can be had without a display.
 """
 
+# ruff: noqa: N803 - K is what everybody calls it
 from __future__ import annotations
 
 import functools
@@ -25,7 +26,6 @@ from backlot.rendering import (
     corner_normals,
     cross,
     edge_functions,
-    mix,
     seen_from,
     to_bytes,
     to_srgb,
