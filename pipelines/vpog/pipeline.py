@@ -29,6 +29,7 @@ from pipelines.vpog.solve import PoseSolution, Solver, choose_solver, place_temp
 from pipelines.vpog.templates import TemplateSet, render_template_set
 from pipelines.vpog.token_cache import TokenCache, model_sha256, pictures_sha256
 
+DEFAULT_VIEWS = 162  # of a mesh
 OPAQUE = 127  # alpha above it is the object
 InPlane = Literal["network", "rotate_templates"]
 Combine = Literal["pool", "each"]
@@ -101,13 +102,13 @@ class PreparedTemplates:
 class Settings:
     """How a pose is made from correspondences."""
 
-    group_size: int
-    flow: Flow
-    combine: Combine
-    solver: Solver
-    threshold: float
-    max_points: int
-    seed: int
+    group_size: int = 4
+    flow: Flow = "dense"
+    combine: Combine = "pool"
+    solver: Solver = "auto"
+    threshold: float = 0.04
+    max_points: int = 1500
+    seed: int = 0
 
 
 class VPOGPipeline(ExportedPipeline):
@@ -289,7 +290,12 @@ class VPOGPipeline(ExportedPipeline):
         self, query: Query, tokens: Tensor, prepared: PreparedTemplates, group: Tensor, settings: Settings
     ) -> PoseEstimate:
         """The pose by one group of templates (S,), the first of them the reference."""
-        output = self._match(tokens, prepared, group[None])
+        return self.solve(query, self._match(tokens, prepared, group[None]), prepared, group, settings)
+
+    def solve(
+        self, query: Query, output: VPOGOutput, prepared: PreparedTemplates, group: Tensor, settings: Settings
+    ) -> PoseEstimate:
+        """The pose that follows from what the network, or a label, says of a query and a group of templates (S,)."""
         depth, poses = prepared.depth[group], prepared.views.camera_from_object[group]
         logits = output.logits[0].float().cpu()
         flow, scale = read_flow(output, settings.flow)
@@ -307,7 +313,7 @@ class VPOGPipeline(ExportedPipeline):
         best: tuple[float, Tensor, Tensor] | None = None
         for source in sources:
             mine = torch.ones(len(found), dtype=torch.bool) if source is None else found.templates == source
-            solution = self._solve(found.select(mine), query, poses[source or 0], settings)
+            solution = self._ransac(found.select(mine), query, poses[source or 0], settings)
             if solution is None:
                 continue
             inliers = torch.zeros(len(found), dtype=torch.bool)
@@ -330,7 +336,7 @@ class VPOGPipeline(ExportedPipeline):
             crop_from_picture=query.crop_from_picture.numpy(),
         )
 
-    def _solve(self, found: Correspondences, query: Query, frame: Tensor, settings: Settings) -> PoseSolution | None:
+    def _ransac(self, found: Correspondences, query: Query, frame: Tensor, settings: Settings) -> PoseSolution | None:
         return solve_pose(
             found,
             query.K,
@@ -427,7 +433,7 @@ class VPOGPipeline(ExportedPipeline):
         mask = None if mask is None else read_mask(mask, height, width)
         box = None if box is None else read_box(box, height, width)
         if isinstance(templates, trimesh.Trimesh):
-            templates = render_template_set(templates, 0, size=self.model.config.image_size)
+            templates = render_template_set(templates, 0, DEFAULT_VIEWS, self.model.config.image_size)
         query = self.crop(picture, K, box, mask)
         seed = 0 if generator is None else int(torch.randint(2**31, (), generator=generator, device=generator.device))
         settings = Settings(group_size, flow, combine, solver, ransac_threshold, max_points, seed)
