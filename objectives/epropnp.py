@@ -34,7 +34,7 @@ from backlot.pose_solver import (
     to_rows,
 )
 from objectives.pose_labels import PoseLabels, patch_centers, to_patches
-from objectives.pose_losses import PoseOutput, masked_sum
+from objectives.pose_losses import PoseOutput, masked_sum, masked_sums
 from objectives.pose_settings import EProPnPConfig
 
 DEGREES_OF_FREEDOM = 3
@@ -246,7 +246,7 @@ def epropnp_loss(
     config: EProPnPConfig,
     generator: torch.Generator | None = None,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The pose loss and its derivative terms of a batch, as pairs of sum and number of queries.
+    """The pose loss and its derivative terms of a batch, as pairs of the value and whether the query counts.
 
     A query counts if it has `min_points` pairs and everything about it is finite; others have no gradient at all and
     are counted in the metrics `pose_nonfinite` and `pose_too_few`. The likelihood is divided by the detached mean over
@@ -259,7 +259,7 @@ def epropnp_loss(
         generator: of the device; torch's global one otherwise.
 
     Returns:
-        Terms `pose`, `pose_translation`, `pose_rotation`, and metrics; all (2,).
+        Terms `pose`, `pose_translation`, `pose_rotation`, (B, 2) each, and metrics, (2,) each.
     """
     with torch.autocast(K.device.type, enabled=False):
         lengths = diameter.float()[:, None]
@@ -283,9 +283,9 @@ def epropnp_loss(
         likelihood = negative_log_likelihood(problem, truth, poses, torch.where(keep, log_q, 0.0))
         shift, turn = derivative_losses(problem, optimum, truth)
     terms = {
-        "pose": masked_sum(likelihood / torch.where(scale > 0, scale, 1.0), keep),
-        "pose_translation": masked_sum(shift, keep),
-        "pose_rotation": masked_sum(turn, keep),
+        "pose": masked_sums(likelihood / torch.where(scale > 0, scale, 1.0), keep),
+        "pose_translation": masked_sums(shift, keep),
+        "pose_rotation": masked_sums(turn, keep),
     }
     everyone = torch.ones_like(enough)
     metrics = {

@@ -1,13 +1,12 @@
-"""Losses on the classes and the flow of pose training, as sums with their counts, and what is measured beside them.
+"""Losses on the classes and the flow of pose training, and what is measured beside them.
 
-A batch's mean of every term is sum / count; with sums and counts added over processes and micro-batches first it is the
-exact mean over all of them. All in float32, whatever the network computes in. Without valid entries a term is a zero
-that still hangs on the network's output.
+A term is the mean over a sample's valid entries; samples weigh alike, those without a valid entry count as zero, which
+still hangs on the network's output. So it does not matter which samples share a micro-batch or a process: the sum of
+all samples' means over their number is the exact mean. All in float32, whatever the network computes in.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import NamedTuple, Protocol
 
 import torch
@@ -32,22 +31,33 @@ class PoseOutput(Protocol):
 
 
 class PoseLoss(NamedTuple):
-    """Pairs of sum and count by name, each (2,)."""
+    """Pairs of sum and count by name."""
 
     terms: dict[str, Tensor]
-    """With gradient: what is trained on, unweighted."""
+    """(B, 2) with gradient: what is trained on, unweighted."""
     metrics: dict[str, Tensor]
-    """Without gradient."""
+    """(2,) without gradient."""
+
+
+def masked_sums(values: Tensor, mask: Tensor) -> Tensor:
+    """(B, 2): of each sample (B, ...) the sum of values where the mask is true, and their number."""
+    values, mask = values.reshape(len(values), -1), mask.reshape(len(values), -1).to(values.dtype)
+    return torch.stack([(values * mask).sum(1), mask.sum(1)], dim=1)
 
 
 def masked_sum(values: Tensor, mask: Tensor) -> Tensor:
-    """(2,): the sum of values where the mask is true, and their number."""
-    mask = mask.to(values.dtype)
-    return torch.stack([(values * mask).sum(), mask.sum()])
+    """(2,): the same of all samples together."""
+    return masked_sums(values, mask).sum(0)
+
+
+def sum_of_means(sums: Tensor) -> Tensor:
+    """(B, 2) -> (2,): the sum of the samples' means, 0 without valid entries, and how many samples have some."""
+    total, count = sums.unbind(1)
+    return torch.stack([(total / count.clamp(min=1)).sum(), (count > 0).to(sums.dtype).sum()])
 
 
 def classification_loss(logits: Tensor, patch_cls: Tensor, config: PoseLossConfig) -> Tensor:
-    """(2,): sum of w(label) CE(softmax(logits), label) over labels that are not -1, and their number.
+    """(B, 2): sum of w(label) CE(softmax(logits), label) over labels that are not -1, and their number.
 
     w is `weight_unseen` for 'unseen', else 1; the count knows no weights.
 
@@ -55,12 +65,11 @@ def classification_loss(logits: Tensor, patch_cls: Tensor, config: PoseLossConfi
         logits: (B, S, N, N + 1). patch_cls: (B, S, N) long.
     """
     unseen = logits.shape[-1] - 1
-    labels = patch_cls.flatten()
     losses = F.cross_entropy(
-        logits.flatten(0, -2), labels, ignore_index=-1, reduction="none", label_smoothing=config.label_smoothing
+        logits.movedim(-1, 1), patch_cls, ignore_index=-1, reduction="none", label_smoothing=config.label_smoothing
     )
-    losses = losses * torch.where(labels == unseen, config.weight_unseen, 1.0)
-    return masked_sum(losses, labels >= 0)
+    losses = losses * torch.where(patch_cls == unseen, config.weight_unseen, 1.0)
+    return masked_sums(losses, patch_cls >= 0)
 
 
 def huber_loss(error: Tensor, delta: float) -> Tensor:
@@ -70,7 +79,7 @@ def huber_loss(error: Tensor, delta: float) -> Tensor:
 
 
 def flow_loss(flow: Tensor, scale: Tensor | None, labels: PoseLabels, config: PoseLossConfig) -> Tensor:
-    """(2,): sum over supervised pixels and their number, e = f - f*.
+    """(B, 2): sum over supervised pixels and their number, e = f - f*.
 
     laplace: |e|_1 / b + 2 log b with |e| of an axis at most `max_error` and b at least `min_scale`; l1: |e|_1;
     huber: of both axes, added.
@@ -86,27 +95,27 @@ def flow_loss(flow: Tensor, scale: Tensor | None, labels: PoseLabels, config: Po
         losses = error.abs().sum(-1)
     else:
         losses = huber_loss(error, config.huber_delta).sum(-1)
-    return masked_sum(losses, labels.dense_supervised)
+    return masked_sums(losses, labels.dense_supervised)
 
 
 def invisible_loss(scale: Tensor, labels: PoseLabels, config: PoseLossConfig) -> Tensor:
-    """(2,): sum of `invis_factor` / b over pixels on the template's object that the query does not show; their number.
+    """(B, 2): sum of `invis_factor` / b over pixels on the template's object that the query does not show; their number.
 
     What cannot be matched shall not be trusted.
     """
     hidden = labels.dense_surface & ~labels.dense_visibility
-    return masked_sum(config.invis_factor / scale.clamp(min=config.min_scale), hidden)
+    return masked_sums(config.invis_factor / scale.clamp(min=config.min_scale), hidden)
 
 
 def center_loss(center_flow: Tensor, labels: PoseLabels, config: PoseLossConfig) -> Tensor:
-    """(2,): sum over visible pairs of the error of the patch centre's flow (L1 or Huber of both axes), their number.
+    """(B, 2): sum over visible pairs of the error of the patch centre's flow (L1 or Huber of both axes), their number.
 
     Args:
         center_flow: (B, S, N, 2).
     """
     error = center_flow - labels.flows.flatten(2, 3)
     losses = error.abs() if config.center_kind == "l1" else huber_loss(error, config.huber_delta)
-    return masked_sum(losses.sum(-1), labels.flow_visibility.flatten(2))
+    return masked_sums(losses.sum(-1), labels.flow_visibility.flatten(2))
 
 
 @torch.no_grad()
@@ -160,17 +169,3 @@ def pose_loss(output: PoseOutput, labels: PoseLabels, config: PoseLossConfig) ->
         error = (flow.detach() - labels.dense_flow).norm(dim=-1) * flow.shape[-2]
         metrics["flow_error_px"] = masked_sum(error, labels.dense_supervised)
     return PoseLoss(terms, metrics)
-
-
-def weighted_total(
-    terms: Mapping[str, Tensor], config: PoseLossConfig, counts: Mapping[str, Tensor] | None = None
-) -> Tensor:
-    """sum_k weight_k sum_k / max(count_k, 1), a scalar.
-
-    Args:
-        terms: of `pose_loss`.
-        counts: of each term, in place of this batch's own: all processes' and micro-batches', for an exact mean.
-    """
-    weights = {"cls": config.cls, "dense": config.dense, "invis_reg": config.invis_reg, "center": config.center}
-    counts = {name: pair[1] for name, pair in terms.items()} if counts is None else counts
-    return sum(weights[name] * pair[0] / counts[name].detach().clamp(min=1) for name, pair in terms.items())

@@ -62,6 +62,11 @@ class PoseLossConfig(Section):
     """Patches: errors along an axis count as no more (laplace)."""
     invis_factor: float = Field(0.1, ge=0)
 
+    @property
+    def weights(self) -> dict[str, float]:
+        """Of the terms, by name."""
+        return {"cls": self.cls, "dense": self.dense, "invis_reg": self.invis_reg, "center": self.center}
+
 
 class EProPnPConfig(Section):
     """The Monte Carlo pose loss (EPro-PnP, arXiv 2203.13254)."""
@@ -86,3 +91,9 @@ class EProPnPConfig(Section):
     """Sum of the residuals' weights of a query, in 1 / pixels; where the network learns it, what it starts from."""
     z_min: float = Field(0.1, gt=0)
     """Diameters: least depth of a point."""
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Of the terms, by name."""
+        derivative = self.derivative_weight
+        return {"pose": self.weight, "pose_translation": derivative, "pose_rotation": derivative}

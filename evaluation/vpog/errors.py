@@ -291,6 +291,14 @@ def pose_figures(errors: Sequence[Errors]) -> dict:
     }
 
 
+def pose_scalars(errors: Sequence[Errors]) -> dict[str, float]:
+    """The figures that a training run logs: a median, and average recalls, which rise."""
+    rotation = values_of(errors, "rotation")
+    shares = {f"acc_{angle:g}": float((rotation < angle).mean()) for angle in ANGLES}
+    recalls = {"mssd_recall": mean_of(mssd_recalls(errors)), "mspd_recall": mean_of(mspd_recalls(errors))}
+    return {"median_rotation_deg": float(np.median(rotation)), **shares, **recalls}
+
+
 def recall_of_add(errors: Sequence[Errors], name: str) -> float:
     """The share of instances whose ADD, or ADD-S, is below a tenth of the diameter."""
     limits = np.concatenate([np.full(len(each.targets), ADD_SHARE * each.diameter) for each in errors])

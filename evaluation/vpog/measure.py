@@ -28,7 +28,7 @@ from data_prep.bop.index import PoseSource
 from data_prep.bop.item_settings import DetectionSettings
 from data_prep.bop.models import Models, require_templates
 from data_prep.bop.results import PoseEstimate
-from evaluation.vpog.detections import Detection, Target, detected_mask
+from evaluation.vpog.detections import Detection, Target, choose_targets, detect_truly, detected_mask, find_targets
 from evaluation.vpog.errors import Errors, compare, pose_figures, values_of
 from evaluation.vpog.matching import PatchCounts, count_patches
 from evaluation.vpog.metrics import view_error
@@ -106,6 +106,22 @@ class Answer:
     direction: np.ndarray
     seconds: float
     turn_deg: float = 0.0
+
+
+def open_split(folder: str | Path, templates: str | Path, count: int, seed: int = 0) -> Protocol:
+    """What is asked of a network while it trains: one pose of at most `count` objects, evenly chosen from a split.
+
+    Args:
+        folder: of the split's scenes, `<dataset>/<split>`.
+        seed: of the jitter of masks, and of RANSAC.
+
+    Raises:
+        ValueError: one line: poses are not known, or models or templates are missing.
+    """
+    dataset = BopDataset(Path(folder).parent, Path(folder).name)
+    targets = choose_targets(find_targets(dataset), count)
+    answering = Answering(num_hypotheses=1)
+    return Protocol(dataset, dataset.models(), Path(templates), detect_truly(targets), targets, answering, seed=seed)
 
 
 # --- asking ---------------------------------------------------------------------------------------------------------

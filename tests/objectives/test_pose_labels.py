@@ -197,7 +197,9 @@ def test_votes_are_those_of_a_loop_over_pixels():
     labels = labels_of(batch)
     patches = list(range(0, COUNT, 3))
     expected = torch.tensor([[one_label(batch, 0, s, p, LabelConfig()) for p in patches] for s in range(2)])
-    assert (labels.patch_cls[0][:, patches] == expected).float().mean() > 0.98  # a pixel on a border may fall either way
+    assert (
+        labels.patch_cls[0][:, patches] == expected
+    ).float().mean() > 0.98  # a pixel on a border may fall either way
     assert {-1, COUNT} < set(expected.flatten().tolist()) | {COUNT}
     assert seen_of(labels).sum() > 20
 

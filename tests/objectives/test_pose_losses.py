@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from pose_scenes import pose_batch
 
 from objectives.pose_labels import build_labels
-from objectives.pose_losses import class_metrics, pose_loss, weighted_total
+from objectives.pose_losses import class_metrics, pose_loss, sum_of_means
 from objectives.pose_settings import LabelConfig, PoseLossConfig
 
 GRID = 8
@@ -31,6 +31,10 @@ def random_output(labels, seed: int = 0) -> SimpleNamespace:
     )
 
 
+def total_of(terms, config: PoseLossConfig) -> torch.Tensor:
+    return sum(config.weights[name] * sum_of_means(sums)[0] for name, sums in terms.items())
+
+
 def tensors(output) -> list[torch.Tensor]:
     return [output.logits, output.flow, output.scale, output.center_flow]
 
@@ -41,23 +45,23 @@ def test_each_term_is_its_formula(labels):
     valid = labels.patch_cls >= 0
     cross = F.cross_entropy(output.logits[valid], labels.patch_cls[valid], reduction="none", label_smoothing=0.1)
     factor = torch.where(labels.patch_cls[valid] == COUNT, 0.5, 1.0)
-    torch.testing.assert_close(terms["cls"], torch.stack([(cross * factor).sum(), valid.sum().float()]))
+    torch.testing.assert_close(terms["cls"].sum(0), torch.stack([(cross * factor).sum(), valid.sum().float()]))
     mask = labels.dense_supervised
     error, b = (output.flow - labels.dense_flow)[mask].abs(), output.scale[mask]
     assert (error > 4).any()
     laplace = error.clamp(max=4).sum(-1) / b + 2 * b.log()
-    torch.testing.assert_close(terms["dense"], torch.stack([laplace.sum(), mask.sum().float()]))
+    torch.testing.assert_close(terms["dense"].sum(0), torch.stack([laplace.sum(), mask.sum().float()]))
     hidden = labels.dense_surface & ~labels.dense_visibility
     assert hidden.any()
     torch.testing.assert_close(
-        terms["invis_reg"], torch.stack([(0.1 / output.scale[hidden]).sum(), hidden.sum().float()])
+        terms["invis_reg"].sum(0), torch.stack([(0.1 / output.scale[hidden]).sum(), hidden.sum().float()])
     )
     pairs = labels.flow_visibility.flatten(2)
     off = (output.center_flow - labels.flows.flatten(2, 3))[pairs]
     expected = F.huber_loss(off, torch.zeros_like(off), reduction="sum")
-    torch.testing.assert_close(terms["center"], torch.stack([expected, pairs.sum().float()]))
-    total = weighted_total(terms, config)
-    torch.testing.assert_close(total, sum(pair[0] / pair[1] for pair in terms.values()))
+    torch.testing.assert_close(terms["center"].sum(0), torch.stack([expected, pairs.sum().float()]))
+    each = sum(sums[:, 0] / sums[:, 1] for sums in terms.values())
+    torch.testing.assert_close(total_of(terms, config), each.sum())
 
 
 @pytest.mark.parametrize("kind", ["l1", "huber"])
@@ -70,9 +74,9 @@ def test_other_kinds_of_error(labels, kind):
     error = (output.flow - labels.dense_flow)[labels.dense_supervised]
     zero = torch.zeros_like(error)
     expected = error.abs().sum() if kind == "l1" else F.huber_loss(error, zero, reduction="sum", delta=0.5) / 0.5
-    torch.testing.assert_close(terms["dense"][0], expected)
+    torch.testing.assert_close(terms["dense"].sum(0)[0], expected)
     off = (output.center_flow - labels.flows.flatten(2, 3))[labels.flow_visibility.flatten(2)]
-    torch.testing.assert_close(terms["center"][0], off.abs().sum())
+    torch.testing.assert_close(terms["center"].sum(0)[0], off.abs().sum())
 
 
 def test_a_weight_of_zero_leaves_a_term_out(labels):
@@ -82,7 +86,7 @@ def test_a_weight_of_zero_leaves_a_term_out(labels):
     assert set(terms) == {"cls", "dense"}
 
 
-def test_sums_over_parts_are_the_whole(labels):
+def test_it_does_not_matter_which_samples_share_a_batch(labels):
     """What makes exact means over processes and micro-batches."""
     output, config = random_output(labels), PoseLossConfig()
     whole = pose_loss(output, labels, config)
@@ -91,12 +95,11 @@ def test_sums_over_parts_are_the_whole(labels):
         part = SimpleNamespace(**{name: value[row : row + 1] for name, value in vars(output).items()})
         parts.append(pose_loss(part, type(labels)(*(x[row : row + 1] for x in labels)), config))
     for name, pair in whole.terms.items():
-        torch.testing.assert_close(parts[0].terms[name] + parts[1].terms[name], pair)
+        torch.testing.assert_close(torch.cat([parts[0].terms[name], parts[1].terms[name]]), pair)
     for name, pair in whole.metrics.items():
         torch.testing.assert_close(parts[0].metrics[name] + parts[1].metrics[name], pair)
-    counts = {name: pair[1] for name, pair in whole.terms.items()}
-    shared = sum(weighted_total(part.terms, config, counts) for part in parts)
-    torch.testing.assert_close(shared, weighted_total(whole.terms, config))
+    shared = sum(total_of(part.terms, config) for part in parts)
+    torch.testing.assert_close(shared, total_of(whole.terms, config))
 
 
 def test_without_pairs_all_terms_are_zero_with_gradient(labels):
@@ -106,15 +109,15 @@ def test_without_pairs_all_terms_are_zero_with_gradient(labels):
     )
     output = random_output(labels)
     loss = pose_loss(output, nothing, PoseLossConfig())
-    total = weighted_total(loss.terms, PoseLossConfig())
+    total = total_of(loss.terms, PoseLossConfig())
     assert total.item() == 0
-    assert all(pair[1] == 0 for pair in loss.terms.values())
+    assert all((sums[:, 1] == 0).all() for sums in loss.terms.values())
     assert all(gradient.abs().max() == 0 for gradient in torch.autograd.grad(total, tensors(output)))
 
 
 def test_gradients_reach_pairs_and_nothing_else(labels):
     output = random_output(labels)
-    total = weighted_total(pose_loss(output, labels, PoseLossConfig()).terms, PoseLossConfig())
+    total = total_of(pose_loss(output, labels, PoseLossConfig()).terms, PoseLossConfig())
     logits, flow, scale, center = torch.autograd.grad(total, tensors(output))
     assert (logits.abs().amax(-1) > 0)[labels.patch_cls >= 0].all()
     assert logits[labels.patch_cls < 0].abs().max() == 0
@@ -134,7 +137,7 @@ def test_half_precision_overflows_nowhere(labels):
     with torch.autocast("cpu", torch.bfloat16):
         terms = pose_loss(half, labels, PoseLossConfig()).terms
     assert all(pair.dtype == torch.float32 and torch.isfinite(pair).all() for pair in terms.values())
-    assert terms["invis_reg"][0] / terms["invis_reg"][1] == pytest.approx(0.1 / 0.01)
+    assert (terms["invis_reg"][:, 0] / terms["invis_reg"][:, 1]).tolist() == pytest.approx([0.1 / 0.01] * 2)
 
 
 def test_laplace_is_least_where_b_is_the_error(labels):
@@ -143,7 +146,7 @@ def test_laplace_is_least_where_b_is_the_error(labels):
     means = []
     for b in (0.1, 0.2, 0.4):
         output.scale = torch.full(labels.dense_flow.shape[:-1], b)
-        pair = pose_loss(output, labels, PoseLossConfig()).terms["dense"]
+        pair = pose_loss(output, labels, PoseLossConfig()).terms["dense"].sum(0)
         means.append((pair[0] / pair[1]).item())
     assert means[1] < min(means[0], means[2])  # |e|_1 / b + 2 log b with |e|_1 = 0.4
 
