@@ -80,8 +80,8 @@ def test_masks_and_visibility_are_those_of_each_object_alone(made):
     height, width = TINY.image_size[::-1]
     meshes = {key: model.load_mesh() for key, model in made.models().items()}
     pad = np.array([[1, 0, width], [0, 1, height], [0, 0, 1]])
-    partly = 0
-    for frame in made.frames()[::4]:
+    partly = cut = 0
+    for frame in made.frames()[::2]:
         silhouettes, depths = [], []
         for each in frame.instances:
             alone = render_views(
@@ -101,13 +101,14 @@ def test_masks_and_visibility_are_those_of_each_object_alone(made):
             visible = made.mask_visib(frame.scene_id, frame.im_id, gt)
             assert (mask == np.isfinite(depths[gt])).mean() > 0.999
             assert (visible == (mask & (nearest == gt))).mean() > 0.999
-            assert each.visib_fract == pytest.approx(visible.sum() / silhouettes[gt].sum(), abs=0.02)
+            assert each.visib_fract == pytest.approx(visible.sum() / silhouettes[gt].sum(), abs=0.004)
             rows, columns = np.nonzero(silhouettes[gt])
             box = [columns.min() - width, rows.min() - height, columns.max() - width + 1, rows.max() - height + 1]
             assert np.abs(each.bbox_obj - box).max() <= 1
             assert np.abs(depth - depths[gt])[visible].max() < 0.0002  # tenths of a millimetre are written
             partly += 0.2 < each.visib_fract < 0.9
-    assert partly > 2
+            cut += mask.sum() < 0.99 * silhouettes[gt].sum()  # by the edge of the picture
+    assert min(partly, cut) > 0
 
 
 def test_the_room_hides_nothing(made):

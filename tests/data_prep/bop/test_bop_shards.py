@@ -130,7 +130,7 @@ def test_a_depth_scale_that_fits_no_pose_is_refused(root):
     with pytest.raises(ValueError, match="wrong depth scale"):
         build_index(root / "train_web")
     build_index(root / "train_web", depth="divide")
-    with pytest.raises(BadSampleError, match="wrong depth scale: its surface is measured at 0.0"):
+    with pytest.raises(BadSampleError, match=r"wrong depth scale: its surface is measured at 0\.0"):
         PoseSource(root / "train_web").read(0)
 
 
