@@ -58,9 +58,8 @@ def make_data(output_dir: Path, num_images: int) -> None:
 def train(output_dir: Path, max_train_steps: int | None) -> None:
     """The run, by its configuration."""
     arguments = ["--training.output_dir", str(output_dir / "run")]
-    for name in ("path", "templates"):
-        part = "train" if name == "path" else "templates"
-        arguments += [f"--data.sources.0.{name}", str(output_dir / "train" / part)]
+    arguments += ["--data.path", str(output_dir / "train" / "train")]
+    arguments += ["--data.templates", str(output_dir / "train" / "templates")]
     if max_train_steps is not None:
         arguments += ["--training.max_train_steps", str(max_train_steps), "--training.lr_warmup_steps", "0"]
     common.train_on_two("train_vpog", CONFIG, *arguments)

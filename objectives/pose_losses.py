@@ -99,7 +99,7 @@ def flow_loss(flow: Tensor, scale: Tensor | None, labels: PoseLabels, config: Po
 
 
 def invisible_loss(scale: Tensor, labels: PoseLabels, config: PoseLossConfig) -> Tensor:
-    """(B, 2): sum of `invis_factor` / b over pixels on the template's object that the query does not show; their number.
+    """(B, 2): sum of `invis_factor` / b over pixels of the template that the query does not show; their number.
 
     What cannot be matched shall not be trusted.
     """

@@ -60,11 +60,11 @@ class SourceConfig(Section):
     """Numbers of shards that are damaged."""
 
 
-class DataConfig(Section):
-    sources: list[SourceConfig] = Field(min_length=1)
-    """One after the other; the guide's are GSO and ShapeNet."""
-    train_dataset_id: Literal[0, 1, 2] | None = None
-    """0: the first source alone (GSO), 1: the second (ShapeNet), 2: both by their weights; null: all there are."""
+class DataConfig(SourceConfig):
+    second: SourceConfig | None = None
+    """Another source to train on beside `path`; the guide's are GSO and ShapeNet."""
+    train_dataset_id: Literal[0, 1, 2] = 0
+    """0: the first source alone (GSO), 1: the second (ShapeNet), 2: both by their weights."""
     validation: SourceConfig | None = None
     """Split of BOP scenes on which poses are measured; null: no validation."""
     selection: SelectionSettings = SelectionSettings()
@@ -100,7 +100,7 @@ class VisualizationConfig(Section):
 
 
 class Config(RunConfig):
-    may_change: ClassVar[frozenset[str]] = frozenset({"validation", "visualization", "data.sources", "data.validation"})
+    may_change: ClassVar[frozenset[str]] = frozenset({"validation", "visualization", "data.path", "data.templates", "data.validation"})
     aliases: ClassVar[dict[str, str]] = {  # the guide's names
         "max_epochs": "training.num_epochs",
         "batch_size": "training.train_batch_size",
@@ -117,8 +117,8 @@ class Config(RunConfig):
     @model_validator(mode="after")
     def _check(self) -> Config:
         data, losses = self.data, self.losses
-        if data.train_dataset_id and len(data.sources) < 2:
-            raise ValueError(f"`data.train_dataset_id` is {data.train_dataset_id}, but `data.sources` has one source")
+        if data.train_dataset_id and data.second is None:
+            raise ValueError(f"`data.train_dataset_id` is {data.train_dataset_id}, but there is no `data.second`")
         if not any((losses.cls, losses.dense, losses.center)):
             raise ValueError("`losses.cls`, `losses.dense` and `losses.center` are all 0: nothing would be learned")
         if self.epropnp.enabled and not losses.dense:
@@ -133,8 +133,8 @@ class Config(RunConfig):
     @property
     def sources(self) -> list[SourceConfig]:
         """Those that are trained on."""
-        chosen = {None: slice(None), 0: slice(0, 1), 1: slice(1, 2), 2: slice(0, 2)}
-        return self.data.sources[chosen[self.data.train_dataset_id]]
+        data = self.data
+        return [[data], [data.second], [data, data.second]][data.train_dataset_id]
 
 
 class Seen(NamedTuple):

@@ -15,9 +15,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from objectives.pose_labels import build_labels
-from objectives.pose_settings import LabelConfig
-from pipelines.vpog.templates import TemplateSet
 from tqdm import tqdm
 
 from backlot.cameras import rotation_z, warp
@@ -33,10 +30,13 @@ from evaluation.vpog.errors import Errors, compare, pose_figures, values_of
 from evaluation.vpog.matching import PatchCounts, count_patches
 from evaluation.vpog.metrics import view_error
 from evaluation.vpog.settings import Answering
+from objectives.pose_labels import build_labels
+from objectives.pose_settings import LabelConfig
 from pipelines.vpog.pipeline import PoseEstimate as Hypothesis
 from pipelines.vpog.pipeline import VPOGPipeline
 from pipelines.vpog.query import box_of
 from pipelines.vpog.solve import place_template
+from pipelines.vpog.templates import TemplateSet
 
 TURNS = (-135, -90, -45, 0, 45, 90, 135, 180)
 PATCH_BATCH = 8
