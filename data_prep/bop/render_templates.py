@@ -1,52 +1,47 @@
 """Meshes -> templates: a file per object, `<templates>/<object id>.safetensors`, and `templates.json` with how they
 were made. The format of a file is described in `pipelines/vpog/templates.py`.
 
-A folder of models is that of a BOP data set (`obj_000001.ply`, in millimetres, `models_info.json`) or any folder of
-meshes, in metres, whose ids are the numbers of their sorted paths. A run that was interrupted goes on with the same
-call: what is there and was made of the same mesh is left as it is; what was made of something else is refused.
+Folders of models are those of `data_prep/bop/models.py`, or any folder of meshes. A run that was interrupted goes on
+with the same call: what is there and was made of the same mesh is left as it is; what was made of something else is
+refused.
 """
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import closing
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import numpy as np
 import safetensors
-import trimesh
 from tqdm import tqdm
 
-from backlot.files import file_sha256, json_sha256, lock, read_json, write_json
+from backlot.files import LockedError, file_sha256, json_sha256, lock, read_json, write_json
 from backlot.mesh_views import Backend
 from backlot.views import SUBDIVISIONS
+from data_prep.bop.models import (
+    ID_MAPS,
+    MODELS_INFO_NAME,
+    ModelInfo,
+    Models,
+    find_diameter,
+    read_mesh,
+    read_models,
+)
 from pipelines.vpog.templates import FORMAT_VERSION, render_template_set, template_path
 
-TEMPLATES_NAME, MODELS_INFO_NAME, LOCK_NAME = "templates.json", "models_info.json", ".lock"
+TEMPLATES_NAME, LOCK_NAME = "templates.json", ".lock"
+LISTS = (MODELS_INFO_NAME, *ID_MAPS)
 SUFFIXES = (".ply", ".obj", ".glb", ".stl", ".off")
-MILLIMETRE = 1e-3
-BOP_MODEL = re.compile(r"obj_(\d{6})\.ply")
 PICTURE_OF = {
     ".ply": re.compile(rb"^comment TextureFile (.+?)\s*$", re.MULTILINE),
     ".obj": re.compile(rb"^mtllib (.+?)\s*$", re.MULTILINE),
     ".mtl": re.compile(rb"^\s*map_Kd (?:.* )?(\S+)\s*$", re.MULTILINE),
 }
 PLY_HEADER = 65_536  # bytes in which its comments are
-
-
-@dataclass(frozen=True)
-class Model:
-    """A mesh file of one object; `unit` in metres, `diameter` in metres if it is known."""
-
-    object_id: int
-    path: Path
-    unit: float
-    diameter: float | None = None
 
 
 @dataclass(frozen=True)
@@ -65,82 +60,70 @@ class Recipe:
             raise ValueError(f"--size must be at least 8, got {self.size}")
 
 
-@dataclass
-class Report:
-    """Ids of the objects that were rendered, and of those whose templates were there and valid."""
-
-    rendered: list[int] = field(default_factory=list)
-    kept: list[int] = field(default_factory=list)
-
-
 def render_all(
-    models_dir: Path,
+    models: Models | Path,
     out: Path,
     views: int = 162,
     size: int = 224,
     num_workers: int = 0,
     *,
-    unit: float | None = None,
     fov_degrees: float = 40.0,
     supersample: int = 2,
     backend: Backend = "auto",
     overwrite: bool = False,
-) -> Report:
-    """Render every model of a folder.
+) -> int:
+    """Render every model; the number of those that were not there already.
 
     Args:
-        models_dir: of a BOP data set, or any folder of meshes.
-        num_workers: processes besides this one; 0 = this one renders.
-        unit: metres of the meshes' unit; 0.001 in a BOP folder, 1 in any other by default.
+        models: or a folder of them, as `open_models` takes it.
+        num_workers: processes; with less than two this one renders.
         overwrite: replace what was made of other meshes or settings.
 
     Raises:
-        FileNotFoundError: there is no mesh, or one that `models_info.json` lists is missing.
-        ValueError: `out` holds templates made of something else, or a mesh cannot be used; the message names it.
-        backlot.files.LockedError: another process renders into `out`.
+        ValueError: one line: a mesh is missing or cannot be used, `out` holds templates made of something else, or
+            another process renders into it.
     """
-    models_dir, out = Path(models_dir), Path(out)
+    models = models if isinstance(models, Models) else open_models(models)
+    out = Path(out)
     recipe = Recipe(views, size, fov_degrees, supersample)
     recipe.check()
-    models = find_models(models_dir, unit)
-    out.mkdir(parents=True, exist_ok=True)
-    report = Report()
-    with closing(lock(out / LOCK_NAME)):
-        check_recipe(out, models_dir, recipe, overwrite)
-        work = []
-        for model in models:
-            digest = model_hash(model)
-            (report.kept if is_kept(out, model, digest, overwrite) else work).append((model, digest))
-        report.kept = [model.object_id for model, _ in report.kept]
-        tasks = [(model, digest, recipe, backend, template_path(out, model.object_id)) for model, digest in work]
-        for object_id in tqdm(run_tasks(tasks, num_workers), total=len(tasks), desc="templates", disable=None):
-            report.rendered.append(object_id)
-    return report
+    missing = [model for model in models.values() if not model.path.is_file()]
+    if missing:
+        others = f", and those of {len(missing) - 1} others" if len(missing) > 1 else ""
+        raise ValueError(f"the mesh of object {missing[0].object_id} is missing: {missing[0].path}{others}")
+    try:
+        claim = lock(out / LOCK_NAME)
+    except LockedError as error:
+        raise ValueError(f"another process ({error}) renders templates into {out}") from None
+    with closing(claim):
+        check_recipe(out, models.folder, recipe, overwrite)
+        digests = {key: model_hash(model, recipe) for key, model in sorted(models.items())}
+        work = [key for key, digest in digests.items() if not is_kept(out, models[key], digest, overwrite)]
+        tasks = [(models[key], digests[key], recipe, backend, template_path(out, key)) for key in work]
+        for _ in tqdm(run_tasks(tasks, num_workers), total=len(tasks), desc="templates", disable=None):
+            pass
+    return len(work)
 
 
-def find_models(models_dir: Path, unit: float | None = None) -> list[Model]:
-    """The models of a folder, by id."""
-    if not models_dir.is_dir():
-        raise FileNotFoundError(f"there is no folder of models {models_dir}")
-    if unit is not None and not 0 < unit < np.inf:
-        raise ValueError(f"--unit must be positive, got {unit:g}")
-    info_path = models_dir / MODELS_INFO_NAME
-    plain = {int(match[1]): path for path in models_dir.glob("obj_*.ply") if (match := BOP_MODEL.fullmatch(path.name))}
-    if info_path.is_file() or plain:
-        info = {int(key): value for key, value in read_json(info_path).items()} if info_path.is_file() else {}
-        missing = sorted(info.keys() - plain.keys())
-        if missing:
-            others = f", nor are those of {len(missing) - 1} other objects" if len(missing) > 1 else ""
-            raise FileNotFoundError(
-                f"the mesh {models_dir / f'obj_{missing[0]:06d}.ply'} that {MODELS_INFO_NAME} lists is not there{others}"
-            )
-        scale = MILLIMETRE if unit is None else unit
-        diameters = {key: value["diameter"] * scale for key, value in info.items() if "diameter" in value}
-        return [Model(number, plain[number], scale, diameters.get(number)) for number in sorted(plain)]
-    paths = sorted(path for path in models_dir.rglob("*") if path.suffix.lower() in SUFFIXES)
+def open_models(folder: Path, unit: float | None = None, object_ids: Collection[int] | None = None) -> Models:
+    """The models of a folder that lists them, or else all meshes below it, numbered in the order of their paths.
+
+    Args:
+        unit: metres per unit of the meshes; of meshes without a list it is a metre by default.
+        object_ids: only these.
+    """
+    folder = Path(folder)
+    listed = any((place / name).is_file() for place in (folder, *folder.absolute().parents[:2]) for name in LISTS)
+    paths = [] if listed else sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
     if not paths:
-        raise FileNotFoundError(f"{models_dir} holds no meshes ({', '.join(SUFFIXES)})")
-    return [Model(number, path, 1.0 if unit is None else unit) for number, path in enumerate(paths)]
+        return read_models(folder, unit, object_ids)
+    unit = 1.0 if unit is None else unit
+    found = Models(folder, {})
+    for number, path in enumerate(paths):
+        if object_ids is None or number in object_ids:
+            extent = find_diameter(read_mesh(path, f"the mesh of object {number}").vertices) * unit
+            found[number] = ModelInfo(number, path, extent, unit)
+    return found if object_ids is None else Models(folder, {key: found[key] for key in object_ids})
 
 
 def model_files(path: Path) -> Iterator[Path]:
@@ -157,10 +140,11 @@ def model_files(path: Path) -> Iterator[Path]:
             yield from model_files(other)
 
 
-def model_hash(model: Model) -> str:
-    """Of everything that a model's pictures depend on."""
+def model_hash(model: ModelInfo, recipe: Recipe) -> str:
+    """Of everything that a model's templates depend on, but for the backend."""
     files = [file_sha256(path) for path in model_files(model.path)]
-    return json_sha256({"files": files, "unit": model.unit, "diameter": model.diameter})
+    values = {"files": files, "unit": model.unit, "diameter": model.diameter}
+    return json_sha256({**values, **asdict(recipe), "format_version": FORMAT_VERSION})
 
 
 def check_recipe(out: Path, models_dir: Path, recipe: Recipe, overwrite: bool) -> None:
@@ -180,7 +164,7 @@ def check_recipe(out: Path, models_dir: Path, recipe: Recipe, overwrite: bool) -
     write_json(path, {"format_version": FORMAT_VERSION, **asdict(recipe), "models": str(models_dir)})
 
 
-def is_kept(out: Path, model: Model, digest: str, overwrite: bool) -> bool:
+def is_kept(out: Path, model: ModelInfo, digest: str, overwrite: bool) -> bool:
     """Whether an object's templates are there and whole; those of another mesh are refused or made again."""
     path = template_path(out, model.object_id)
     if not path.is_file() or overwrite:
@@ -192,14 +176,14 @@ def is_kept(out: Path, model: Model, digest: str, overwrite: bool) -> bool:
         return False  # damaged: it is made again
     if before != digest:
         raise ValueError(
-            f"{path} was made of another mesh than {model.path} is now: choose another folder, or give --overwrite"
+            f"{path} was made of something else than {model.path} is now: choose another folder, or give --overwrite"
         )
     return True
 
 
 def run_tasks(tasks: list[tuple], num_workers: int) -> Iterator[int]:
     """Render here, or in processes that share nothing with this one: OpenGL does not survive a fork."""
-    if num_workers <= 0 or len(tasks) < 2:
+    if num_workers < 2 or len(tasks) < 2:
         yield from map(render_model, tasks)
         return
     context = multiprocessing.get_context("spawn")
@@ -207,11 +191,11 @@ def run_tasks(tasks: list[tuple], num_workers: int) -> Iterator[int]:
         yield from pool.map(render_model, tasks)
 
 
-def render_model(task: tuple[Model, str, Recipe, Backend, Path]) -> int:
+def render_model(task: tuple[ModelInfo, str, Recipe, Backend, Path]) -> int:
     """Render one object and write its file; its id."""
     model, digest, recipe, backend, path = task
     templates = render_template_set(
-        load_mesh(model),
+        model.load_mesh(),
         model.object_id,
         recipe.views,
         recipe.size,
@@ -223,21 +207,3 @@ def render_model(task: tuple[Model, str, Recipe, Backend, Path]) -> int:
     )
     templates.save(path)
     return model.object_id
-
-
-def load_mesh(model: Model) -> trimesh.Trimesh:
-    """The mesh of a model, in metres, its colours and textures with it.
-
-    Raises:
-        ValueError: the file cannot be read as a mesh with triangles.
-    """
-    try:
-        mesh = trimesh.load(model.path, force="mesh", process=False)
-    except (ValueError, KeyError, IndexError, TypeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{model.path} cannot be read as a mesh: {' '.join(str(error).split())}") from error
-    if not isinstance(mesh, trimesh.Trimesh) or not len(mesh.faces):
-        raise ValueError(f"{model.path} has no triangles")
-    if not np.isfinite(mesh.vertices).all():
-        raise ValueError(f"{model.path} has vertices that are not finite")
-    mesh.apply_scale(model.unit)
-    return mesh
