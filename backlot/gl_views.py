@@ -11,6 +11,7 @@ import functools
 import importlib.util
 import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -69,12 +70,22 @@ def create_context() -> tuple[moderngl.Context | None, str, int]:
     """An OpenGL context without a window, or why there is none; and the process it belongs to."""
     if importlib.util.find_spec("moderngl") is None:
         return None, "moderngl is not installed (pip install moderngl)", os.getpid()
+    # What fails is told by bare exceptions, which only a thread's result holds apart from those of our own code.
+    with ThreadPoolExecutor(1) as thread:
+        error = thread.submit(try_context).exception()
+    if error is not None:
+        return None, f"no OpenGL context without a display: {' '.join(str(error).split())}", os.getpid()
+    return new_context(), "", os.getpid()
+
+
+def new_context() -> moderngl.Context:
     import moderngl
 
-    try:
-        return moderngl.create_context(standalone=True, backend="egl", require=330), "", os.getpid()
-    except (OSError, RuntimeError, ValueError, moderngl.Error) as error:  # no library, no driver, or an old one
-        return None, f"no OpenGL context without a display: {' '.join(str(error).split())}", os.getpid()
+    return moderngl.create_context(standalone=True, backend="egl", require=330)
+
+
+def try_context() -> None:
+    new_context().release()
 
 
 def problem() -> str:

@@ -183,8 +183,7 @@ def render_views(
         backend: `auto` is `gl` where it can be had and there are no shadows.
 
     Raises:
-        ValueError: shapes that do not fit, or a mesh without triangles.
-        RuntimeError: `gl` is asked for and cannot be had.
+        ValueError: shapes that do not fit, a mesh without triangles, or `gl` is asked for and cannot be had.
     """
     poses, Ks = check_cameras(meshes, camera_from_object, K, size)
     if supersample < 1:
@@ -236,7 +235,7 @@ def choose_backend(backend: Backend, shadows: bool) -> type:
     if backend == "gl" and shadows:
         raise ValueError("`shadows` need the backend zbuffer")
     if backend == "gl" and (problem := gl_views.problem()):
-        raise RuntimeError(f"the backend gl cannot be used: {problem}")
+        raise ValueError(f"`backend` gl cannot be used: {problem}")
     if backend == "gl" or (backend == "auto" and not shadows and not gl_views.problem()):
         return gl_views.GLDrawer
     return functools.partial(ZBufferDrawer, shadows=shadows)
