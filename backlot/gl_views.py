@@ -11,6 +11,7 @@ import functools
 import importlib.util
 import os
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -69,12 +70,22 @@ def create_context() -> tuple[moderngl.Context | None, str, int]:
     """An OpenGL context without a window, or why there is none; and the process it belongs to."""
     if importlib.util.find_spec("moderngl") is None:
         return None, "moderngl is not installed (pip install moderngl)", os.getpid()
+    # What fails is told by bare exceptions, which only a thread's result holds apart from those of our own code.
+    with ThreadPoolExecutor(1) as thread:
+        error = thread.submit(try_context).exception()
+    if error is not None:
+        return None, f"no OpenGL context without a display: {' '.join(str(error).split())}", os.getpid()
+    return new_context(), "", os.getpid()
+
+
+def new_context() -> moderngl.Context:
     import moderngl
 
-    try:
-        return moderngl.create_context(standalone=True, backend="egl", require=330), "", os.getpid()
-    except (OSError, RuntimeError, ValueError, moderngl.Error) as error:  # no library, no driver, or an old one
-        return None, f"no OpenGL context without a display: {' '.join(str(error).split())}", os.getpid()
+    return moderngl.create_context(standalone=True, backend="egl", require=330)
+
+
+def try_context() -> None:
+    new_context().release()
 
 
 def problem() -> str:
@@ -101,8 +112,8 @@ class GLDrawer:
             "position": body.vertices[body.faces],
             "normal": np.repeat(body.normals[:, None], 3, axis=1),
             "curved": body.curved,
-            "color": surface.colors,
-            "uv": surface.uv,
+            "color": surface.colors.transpose(2, 0, 1),
+            "uv": surface.uv.transpose(2, 0, 1),
         }
         for texture in np.unique(surface.texture):
             mine = surface.texture == texture
@@ -158,7 +169,7 @@ class GLDrawer:
         fine_size = (self.size[0] * self.supersample, self.size[1] * self.supersample)
         colors = np.frombuffer(drawn[self.supersample].read(components=4, attachment=0, dtype="f4"), np.float32)
         colors = colors.reshape(*fine_size, 4)
-        return colors[..., :3], colors[..., 3] > 0, found[..., 0], found[..., 1].astype(np.int16) - 1
+        return colors[..., :3].transpose(2, 0, 1), colors[..., 3] > 0, found[..., 0], found[..., 1].astype(np.int16) - 1
 
     def draw(self, target: moderngl.Framebuffer, poses: np.ndarray, clip: np.ndarray, light: Light) -> None:
         """Fill a target with colours, and with depth and the body's number + 1."""
