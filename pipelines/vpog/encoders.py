@@ -31,10 +31,11 @@ from pipelines.vpog.view_encoding import frame_rotary
 
 logger = logging.getLogger(__name__)
 
+# configuration, network, name of its blocks
 DINO = {
-    "dinov2": (Dinov2Config, Dinov2Model),
-    "dinov2_with_registers": (Dinov2WithRegistersConfig, Dinov2WithRegistersModel),
-    "dinov3_vit": (DINOv3ViTConfig, DINOv3ViTModel),
+    "dinov2": (Dinov2Config, Dinov2Model, "Dinov2Layer"),
+    "dinov2_with_registers": (Dinov2WithRegistersConfig, Dinov2WithRegistersModel, "Dinov2WithRegistersLayer"),
+    "dinov3_vit": (DINOv3ViTConfig, DINOv3ViTModel, "DINOv3ViTLayer"),
 }
 ENCODERS = ("vit", *DINO)
 CROCO_LICENCE = (
@@ -57,7 +58,10 @@ CROCO_SIZES = {
     "num_attention_heads": ("enc_num_heads", 12),
     "mlp_ratio": ("mlp_ratio", 4),
 }
-NOT_SIZES = ("transformers_version", "architectures", "dtype", "_name_or_path", "model_type")
+NOT_SIZES = {
+    *("transformers_version", "architectures", "dtype", "_name_or_path", "model_type"),
+    *("stage_names", "out_features", "out_indices"),
+}
 
 
 class VisionTransformer(nn.Module):
@@ -67,6 +71,8 @@ class VisionTransformer(nn.Module):
         rope_base: of the rotary positions' frequencies.
         image_mean, image_std: of the three channels in [0, 1].
     """
+
+    block_name = "EncoderBlock"
 
     def __init__(
         self,
@@ -123,7 +129,7 @@ class DinoEncoder(nn.Module):
         image_std: tuple[float, float, float] = tuple(IMAGENET_DEFAULT_STD),
     ):
         super().__init__()
-        make_config, make_model = DINO[kind]
+        make_config, make_model, self.block_name = DINO[kind]
         config = make_config(**config)
         if kind == "dinov3_vit":
             # Drawn once per call in training: query and cached templates would lie on different grids.

@@ -91,8 +91,6 @@ class VPOGModel(ModelMixin, ConfigMixin):
     """
 
     _supports_gradient_checkpointing = True
-    _no_split_modules = ("EncoderBlock", "FrameBlock", "GroupBlock")
-    _repeated_blocks = ("EncoderBlock", "FrameBlock", "GroupBlock")
 
     @register_to_config
     def __init__(
@@ -132,6 +130,7 @@ class VPOGModel(ModelMixin, ConfigMixin):
         self.flow = None
         if dense_flow or center_flow:
             self.flow = FlowHead(hidden_size, flow_inner_size, self.patch_size, dense_flow, center_flow)
+        self._no_split_modules = self._repeated_blocks = (self.encoder.block_name, "FrameBlock", "GroupBlock")
         self._initialize()
 
     def _initialize(self) -> None:

@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -13,7 +15,7 @@ import trimesh
 from diffusers.utils import BaseOutput
 from torch import Tensor
 
-from backlot.cameras import project, transform
+from backlot.cameras import make_pose, project, rotation_z, transform
 from backlot.loading import ExportedPipeline
 from pipelines.vpog.correspondences import (
     Correspondences,
@@ -25,8 +27,8 @@ from pipelines.vpog.correspondences import (
 from pipelines.vpog.model import VPOGModel, VPOGOutput
 from pipelines.vpog.query import Picture, Query, box_of, crop_query, read_box, read_mask, read_picture
 from pipelines.vpog.retrieval import Preselection, Views, choose_hypotheses, class_scores, preselect
-from pipelines.vpog.solve import PoseSolution, Solver, choose_solver, place_template, solve_pose
-from pipelines.vpog.templates import TemplateSet, render_template_set
+from pipelines.vpog.solve import PoseSolution, Solver, choose_solver, place_template, reprojection_errors, solve_pose
+from pipelines.vpog.templates import TemplateSet, render_template_set, turn
 from pipelines.vpog.token_cache import TokenCache, model_sha256, pictures_sha256
 
 DEFAULT_VIEWS = 162  # of a mesh
@@ -77,25 +79,30 @@ class VPOGPipelineOutput(BaseOutput):
 
 @dataclass(frozen=True)
 class PreparedTemplates:
-    """A template set, rotated where asked for.
+    """A template set and what the network needs of it, T = copies x V templates.
 
     Args:
+        templates: the V templates as they were given.
         views: of the T templates.
-        K: (3, 3) float64, their camera.
-        depth: (T, H, W) float32 metres, 0 = no surface.
-        patches: (T, N) bool, which show the object.
         tokens: (T, N, C).
+        patches: (T, N) bool, which show the object.
     """
 
+    templates: TemplateSet
     views: Views
-    K: Tensor
-    depth: Tensor
-    patches: Tensor
     tokens: Tensor
+    patches: Tensor
 
-    def points(self, rows: Tensor) -> Tensor:
-        """The object's points (S, H, W, 3) behind the pixels of some templates."""
-        return object_points(self.depth[rows], self.K, self.views.camera_from_object[rows])
+    def surface(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Depth (S, H, W) of some templates in metres, 0 = no surface, and the object's points (S, H, W, 3)."""
+        number = len(self.templates)
+        turned = [
+            turned_copy(self.templates.subset([row % number]), row // number, self.views.copies).depth
+            for row in rows.tolist()
+        ]
+        depth = torch.from_numpy(np.concatenate(turned))
+        K = torch.from_numpy(self.templates.K)
+        return depth, object_points(depth, K, self.views.camera_from_object[rows])
 
 
 @dataclass(frozen=True)
@@ -128,6 +135,7 @@ class VPOGPipeline(ExportedPipeline):
         self.register_to_config(crop_padding=crop_padding, remove_background=remove_background)
         self.token_cache = TokenCache()
         self._hashed: tuple[object, str] | None = None
+        self._pictures: WeakKeyDictionary[TemplateSet, str] = WeakKeyDictionary()
 
     def enable_token_cache(self, folder: str | Path) -> None:
         """Keep tokens of templates in a folder, for this process and later ones."""
@@ -211,7 +219,8 @@ class VPOGPipeline(ExportedPipeline):
 
     def _model_hash(self) -> str:
         """Of the network as it is now; weights are read again only when one of them was written or moved."""
-        state = tuple((value.data_ptr(), value._version) for value in self.model.state_dict(keep_vars=True).values())
+        weights = self.model.state_dict(keep_vars=True).values()
+        state = tuple((value.data_ptr(), value._version, value.dtype) for value in weights)
         if self._hashed is None or self._hashed[0] != state:
             settings = {key: value for key, value in self.model.config.items() if not key.startswith("_")}
             self._hashed = state, model_sha256(self.model, settings)
@@ -221,38 +230,39 @@ class VPOGPipeline(ExportedPipeline):
     def prepare_templates(
         self, templates: TemplateSet, num_rotations: int = 1, batch_size: int = 32
     ) -> PreparedTemplates:
-        """Encode an object's templates, or read their tokens from the cache.
+        """Encode an object's templates, or take their tokens from the cache.
 
         Args:
             num_rotations: turns about the camera's axis in which each template is looked at.
             batch_size: pictures that are encoded together.
         """
-        key = pictures_sha256(np.asarray(templates.rgba), np.asarray(templates.K).tolist(), num_rotations)
-        rotated = templates if num_rotations == 1 else templates.rotate_in_plane(num_rotations)
-        rgba = torch.as_tensor(rotated.rgba)
+        if templates not in self._pictures:
+            self._pictures[templates] = pictures_sha256(templates.rgba, templates.K.tolist())
 
-        def encode() -> Tensor:
-            pictures = (to_network(part) for part in rgba.split(batch_size))
-            return torch.cat([self._encode(each) for each in pictures])
+        def encode() -> dict[str, Tensor]:
+            tokens, patches = [], []
+            for copy in range(num_rotations):
+                rgba = torch.from_numpy(turned_copy(templates, copy, num_rotations).rgba)
+                tokens += [self._encode(to_network(part)) for part in rgba.split(batch_size)]
+                patches.append(covered_patches(rgba[..., 3] > OPAQUE, self.model.patch_size))
+            return {"tokens": torch.cat(tokens), "patches": torch.cat(patches)}
 
-        return PreparedTemplates(
-            views=Views(torch.as_tensor(rotated.camera_from_object).double(), num_rotations),
-            K=torch.as_tensor(rotated.K).double(),
-            depth=torch.as_tensor(rotated.depth),
-            patches=covered_patches(rgba[..., 3] > OPAQUE, self.model.patch_size),
-            tokens=self.token_cache.get(self._model_hash(), key, encode, self._execution_device),
-        )
+        key = f"{self._pictures[templates]}-{num_rotations}"
+        found = self.token_cache.get(self._model_hash(), key, encode, self._execution_device)
+        poses = torch.from_numpy(templates.camera_from_object)
+        angles = 2 * math.pi * torch.arange(num_rotations, dtype=torch.float64) / num_rotations
+        turned = make_pose(rotation_z(angles), torch.zeros(num_rotations, 3, dtype=torch.float64))[:, None] @ poses
+        return PreparedTemplates(templates, Views(turned.flatten(0, 1), num_rotations), **found)
 
     # --- the network on groups of templates -------------------------------------------------------------------------
 
     def _match(self, query_tokens: Tensor, prepared: PreparedTemplates, groups: Tensor) -> VPOGOutput:
         """The network on one query (N, C) and groups (B, S) of templates; the first of each is the reference."""
-        device, dtype = self._execution_device, self.model.dtype
-        views = prepared.views
+        views, device = prepared.views, self._execution_device
         return self.model(
-            rotations=views.rotations[groups].to(device, dtype),
-            d_ref=views.directions[groups[:, 0]].to(device, dtype),
-            reference_rotation=views.rotations[groups[:, 0]].to(device, dtype),
+            rotations=views.rotations[groups].to(device, torch.float32),
+            d_ref=views.directions[groups[:, 0]].to(device, torch.float32),
+            reference_rotation=views.rotations[groups[:, 0]].to(device, torch.float32),
             query_tokens=query_tokens.expand(len(groups), -1, -1),
             template_tokens=prepared.tokens[groups.to(prepared.tokens.device)],
         )
@@ -271,7 +281,7 @@ class VPOGPipeline(ExportedPipeline):
         among, device = None, tokens.device
         patches = query.patches.to(device)
         if num_templates is not None and num_templates < len(prepared.views):
-            alike = preselect(tokens, prepared.tokens, patches, prepared.patches.to(device), preselection)
+            alike = preselect(tokens, prepared.tokens, patches, prepared.patches, preselection)
             among = torch.zeros(len(alike), dtype=torch.bool)
             among[alike.topk(num_templates).indices.cpu()] = True
         groups = sorted(prepared.views.groups(group_size, among), key=len)
@@ -296,7 +306,8 @@ class VPOGPipeline(ExportedPipeline):
         self, query: Query, output: VPOGOutput, prepared: PreparedTemplates, group: Tensor, settings: Settings
     ) -> PoseEstimate:
         """The pose that follows from what the network, or a label, says of a query and a group of templates (S,)."""
-        depth, poses = prepared.depth[group], prepared.views.camera_from_object[group]
+        depth, points = prepared.surface(group)
+        poses = prepared.views.camera_from_object[group]
         logits = output.logits[0].float().cpu()
         flow, scale = read_flow(output, settings.flow)
         found = gather_correspondences(
@@ -305,26 +316,26 @@ class VPOGPipeline(ExportedPipeline):
             flow,
             scale,
             depth,
-            prepared.points(group),
+            points,
             query.patches,
-            settings.max_points,
         )
-        sources = range(len(group)) if settings.combine == "each" else [None]
-        best: tuple[float, Tensor, Tensor] | None = None
-        for source in sources:
-            mine = torch.ones(len(found), dtype=torch.bool) if source is None else found.templates == source
-            solution = self._ransac(found.select(mine), query, poses[source or 0], settings)
+        best: tuple[float, Tensor, Tensor, Correspondences] | None = None
+        for source in range(len(group)) if settings.combine == "each" else [None]:
+            mine = found if source is None else found.select(found.templates == source)
+            kept = mine.heaviest(settings.max_points)
+            solution = self._ransac(kept, query, poses[source or 0], settings)
             if solution is None:
                 continue
-            inliers = torch.zeros(len(found), dtype=torch.bool)
-            inliers[mine] = solution.inliers
-            score = score_pose(logits, found, mine, inliers, query.patches)
+            errors = reprojection_errors(solution.camera_from_object, mine.points, mine.places, query.K)
+            score = score_pose(logits, mine, errors <= self._pixels(settings), query.patches)
             if best is None or score > best[0]:
-                best = score, solution.camera_from_object, inliers
+                best = score, solution.camera_from_object, solution.inliers, kept
         if best is None:
             extent = box_of(depth[0] > 0)
-            pose = place_template(poses[0], prepared.K, extent, query.K, query.box_in_crop)
-            best = 0.0, pose, torch.zeros(len(found), dtype=torch.bool)
+            K = torch.from_numpy(prepared.templates.K)
+            pose = place_template(poses[0], K, extent, query.K, query.box_in_crop)
+            kept = found.heaviest(settings.max_points)
+            best = 0.0, pose, torch.zeros(len(kept), dtype=torch.bool), kept
         turns = len(prepared.views) // prepared.views.copies
         return PoseEstimate(
             camera_from_object=best[1].numpy(),
@@ -332,7 +343,7 @@ class VPOGPipeline(ExportedPipeline):
             inliers=best[2].numpy(),
             template_indices=(group % turns).numpy(),
             in_plane_copies=(group // turns).numpy(),
-            correspondences=found,
+            correspondences=best[3],
             crop_from_picture=query.crop_from_picture.numpy(),
         )
 
@@ -341,10 +352,14 @@ class VPOGPipeline(ExportedPipeline):
             found,
             query.K,
             frame,
-            threshold=settings.threshold * self.model.config.image_size,
+            threshold=self._pixels(settings),
             solver=settings.solver,
             seed=settings.seed,
         )
+
+    def _pixels(self, settings: Settings) -> float:
+        """The largest reprojection error of an inlier in pixels of the crop."""
+        return settings.threshold * self.model.config.image_size
 
     def _look_again(
         self,
@@ -364,7 +379,8 @@ class VPOGPipeline(ExportedPipeline):
         group = prepared.views.nearest(pose, settings.group_size)
         if recrop is not None:
             picture, K = recrop
-            box = projected_box(prepared.points(group)[prepared.depth[group] > 0], pose, K)
+            depth, points = prepared.surface(group)
+            box = projected_box(points[depth > 0], pose, K)
             height, width = picture.shape[1:]
             if box is not None and box[2] > 0 and box[3] > 0 and box[0] < width and box[1] < height:
                 query = self.crop(picture, K, box, None)
@@ -464,21 +480,20 @@ def read_flow(output: VPOGOutput, flow: Flow) -> tuple[Tensor, Tensor | None]:
     return torch.zeros(*output.buddies.shape[1:], 1, 1, 2), None
 
 
-def score_pose(logits: Tensor, found: Correspondences, mine: Tensor, inliers: Tensor, object_patches: Tensor) -> float:
+def score_pose(logits: Tensor, found: Correspondences, agrees: Tensor, object_patches: Tensor) -> float:
     """How sure a pose is, in [0, 1]: mean over the object's patches of class probability x share that agrees.
 
     Args:
         logits: (S, N, N + 1).
-        mine: (M,) bool, correspondences that the pose was made from; inliers: (M,) bool, those that agree with it.
+        found: all correspondences that the pose could be made from, before the heaviest were chosen.
+        agrees: (M,) bool, which of them agree with it.
         object_patches: (N,) bool; one without correspondences counts 0.
     """
-    number = len(object_patches)
+    templates, number = logits.shape[:2]
     key = found.templates * number + found.patches
-    shape = len(logits), number
-    count = torch.bincount(key[mine], minlength=shape[0] * number).reshape(shape)
-    agree = torch.bincount(key[inliers], minlength=shape[0] * number).reshape(shape)
-    confidence = logits.softmax(dim=-1)[..., :-1].amax(dim=-1)
-    per_patch = (confidence * agree / count.clamp(min=1)).amax(dim=0)
+    count, agreeing = (torch.bincount(key[rows], minlength=templates * number) for rows in (slice(None), agrees))
+    share = (agreeing / count.clamp(min=1)).reshape(templates, number)
+    per_patch = (logits.softmax(dim=-1)[..., :-1].amax(dim=-1) * share).amax(dim=0)
     return float(per_patch[object_patches].mean())
 
 
@@ -495,3 +510,8 @@ def to_network(rgba: Tensor) -> Tensor:
     """Templates (T, H, W, 4) uint8 as the network sees them: (T, 3, H, W) in [0, 1], black beside the object."""
     pixels = rgba.permute(0, 3, 1, 2).float()
     return pixels[:, :3] * (pixels[:, 3:] / 255**2)
+
+
+def turned_copy(templates: TemplateSet, copy: int, copies: int) -> TemplateSet:
+    """One of the turned copies of `TemplateSet.rotate_in_plane`; the first is the set itself."""
+    return turn(templates, 2 * math.pi * copy / copies) if copy else templates

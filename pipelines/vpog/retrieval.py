@@ -6,6 +6,7 @@ group are neighbours here and the first is the reference, so that every group is
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
@@ -40,7 +41,7 @@ class Views:
         """(T, 3, 3)"""
         return self.camera_from_object[:, :3, :3]
 
-    @property
+    @functools.cached_property
     def directions(self) -> Tensor:
         """(T, 3) unit vectors from the object to the cameras, in the object's frame."""
         return viewing_direction(self.camera_from_object.double())

@@ -196,10 +196,12 @@ def place_template(camera_from_object: Tensor, K_template: Tensor, extent: Tenso
 
     ray, size = ray_and_size(box, K)
     ray_template, size_template = ray_and_size(extent, K_template)
-    turn = torch.eye(4, dtype=torch.float64)
-    turn[:3, :3] = rotation_between(ray_template, ray)
-    result = turn @ pose
-    result[:3, 3] *= size_template / size
+    turn = rotation_between(ray_template, ray)
+    distance = pose[:3, 3] @ ray_template  # of the middle of what is seen, as far away as the object's origin
+    aside = pose[:3, 3] - distance * ray_template
+    result = torch.eye(4, dtype=torch.float64)
+    result[:3, :3] = turn @ pose[:3, :3]
+    result[:3, 3] = distance * size_template / size * ray + turn @ aside
     return result
 
 

@@ -34,7 +34,7 @@ def save_tiny_dino(
     Returns:
         The folder.
     """
-    make_config, make_model = DINO[kind]
+    make_config, make_model, _ = DINO[kind]
     sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4} | DINO_SIZES[kind]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

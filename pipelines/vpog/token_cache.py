@@ -1,4 +1,4 @@
-"""Tokens of templates: computed once per object, kept in memory and, where a folder is given, on disk."""
+"""What a network makes of templates: computed once per object, kept in memory and, where asked for, on disk."""
 
 from __future__ import annotations
 
@@ -47,14 +47,16 @@ class TokenCache:
     def __init__(self, folder: str | Path | None = None, memory_limit: int = MEMORY_LIMIT):
         self.folder = None if folder is None else Path(folder)
         self.memory_limit = memory_limit
-        self._memory: OrderedDict[str, Tensor] = OrderedDict()
+        self._memory: OrderedDict[str, dict[str, Tensor]] = OrderedDict()
 
     def path(self, model_hash: str, templates_hash: str) -> Path | None:
         """Where the tokens of these templates lie."""
-        return None if self.folder is None else self.folder / model_hash[:16] / f"{templates_hash[:32]}.safetensors"
+        return None if self.folder is None else self.folder / model_hash[:16] / f"{templates_hash}.safetensors"
 
-    def get(self, model_hash: str, templates_hash: str, compute: Callable[[], Tensor], device: torch.device) -> Tensor:
-        """Tokens from memory, else from disk, else computed, and then written.
+    def get(
+        self, model_hash: str, templates_hash: str, compute: Callable[[], dict[str, Tensor]], device: torch.device
+    ) -> dict[str, Tensor]:
+        """Named tensors from memory, else from disk, else computed, and then written.
 
         Args:
             device: where they are wanted.
@@ -69,17 +71,21 @@ class TokenCache:
                 if path is not None:
                     path.parent.mkdir(parents=True, exist_ok=True)
                     # all of it can be computed again
-                    write_file(path, save({"tokens": tokens.cpu().contiguous()}), durable=False)
-            tokens = tokens.to(device)
+                    on_disk = {name: value.cpu().contiguous() for name, value in tokens.items()}
+                    write_file(path, save(on_disk), durable=False)
+            tokens = {name: value.to(device) for name, value in tokens.items()}
         self._memory[key] = tokens
-        while len(self._memory) > 1 and sum(each.nbytes for each in self._memory.values()) > self.memory_limit:
+        while len(self._memory) > 1 and self._num_bytes() > self.memory_limit:
             self._memory.popitem(last=False)
         return tokens
 
+    def _num_bytes(self) -> int:
+        return sum(value.nbytes for each in self._memory.values() for value in each.values())
 
-def read_tokens(path: Path) -> Tensor | None:
+
+def read_tokens(path: Path) -> dict[str, Tensor] | None:
     """The tokens in a file; None where there is none, or a damaged one."""
     try:
-        return load(path.read_bytes())["tokens"]
-    except (FileNotFoundError, SafetensorError, KeyError):
+        return load(path.read_bytes())
+    except (FileNotFoundError, SafetensorError):
         return None
