@@ -77,9 +77,8 @@ def select_templates(
     Raises:
         ValueError: there are fewer templates than are to be chosen.
     """
-    num_templates, wanted = len(table.directions), settings.num_templates
-    if wanted > num_templates:
-        raise ValueError(f"{wanted} templates are to be chosen of {num_templates}")
+    check_count(table, settings)
+    num_templates = len(table.directions)
     luck = torch.rand(len(poses), 2 * num_templates + 2, generator=generator, dtype=torch.float64)
     near_luck, far_luck, swap, which = luck.split([num_templates, num_templates, 1, 1], dim=1)
 
@@ -90,7 +89,7 @@ def select_templates(
     near = cosines[rows, chosen]
     nearest = near.argmax(1)
 
-    ranked = rank_positives(near, near_luck, settings, wanted)
+    ranked = rank_positives(near, near_luck, settings)
     positives = ranked[:, : settings.num_positive_templates]
     limit = math.cos(math.radians(settings.min_negative_angle_deg)) + BOUNDARY
     allowed = cosines.amax(1) <= limit
@@ -102,6 +101,12 @@ def select_templates(
     return Selection(
         indices, types, nearest, table.directions[reference], table.rotations[reference], equivalents[rows, chosen]
     )
+
+
+def check_count(table: PoseTable, settings: SelectionSettings) -> None:
+    """ValueError if there are fewer templates than are to be chosen."""
+    if settings.num_templates > len(table.directions):
+        raise ValueError(f"{settings.num_templates} templates are to be chosen of {len(table.directions)}")
 
 
 def similarity(poses: Tensor, table: PoseTable, metric: str) -> Tensor:
@@ -127,8 +132,8 @@ def nearest_equivalent(equivalents: Tensor, cosines: Tensor, table: PoseTable) -
     return turn.masked_fill(~is_tie, torch.inf).argmin(1)
 
 
-def rank_positives(near: Tensor, luck: Tensor, settings: SelectionSettings, count: int) -> Tensor:
-    """The first `count` templates (B, count) in the order in which they become positives.
+def rank_positives(near: Tensor, luck: Tensor, settings: SelectionSettings) -> Tensor:
+    """The first S templates (B, S) in the order in which they become positives.
 
     Args:
         near: (B, T) cosines to the query's pose. luck: (B, T) in [0, 1).
@@ -137,7 +142,7 @@ def rank_positives(near: Tensor, luck: Tensor, settings: SelectionSettings, coun
     if settings.positive_sampling_mode == "random_within_range":
         in_range = near >= math.cos(math.radians(settings.positive_sampling_deg_range)) - BOUNDARY
         scores = torch.where(in_range, 2 + luck, near)
-    return scores.topk(count, dim=1).indices
+    return scores.topk(settings.num_templates, dim=1).indices
 
 
 def fill(ranked: Tensor, allowed: Tensor, luck: Tensor, settings: SelectionSettings) -> tuple[Tensor, Tensor]:
