@@ -44,6 +44,10 @@ class Correspondences:
         """Those of some rows (indices or bool)."""
         return Correspondences(*(values[rows] for values in vars(self).values()))
 
+    def heaviest(self, count: int) -> Correspondences:
+        """At most so many, in their own order: which of two alike comes first must not change what RANSAC draws."""
+        return self if len(self) <= count else self.select(self.weights.topk(count).indices.sort().values)
+
 
 def patch_centers(height: int, width: int, patch_size: int) -> Tensor:
     """(N, 2) float64, x and y of the centres of the patches of a picture, row-major, in pixels."""
@@ -88,9 +92,8 @@ def gather_correspondences(
     depth: Tensor,
     points: Tensor,
     object_patches: Tensor,
-    max_points: int,
 ) -> Correspondences:
-    """The correspondences of a query with a group of S templates, the heaviest of them in their own order.
+    """All correspondences of a query with a group of S templates.
 
     Args:
         logits: (S, N, N + 1), buddies: (S, N) with N for unseen: what the network says of query patch p and template s.
@@ -98,7 +101,6 @@ def gather_correspondences(
         scale: (S, N, ps, ps) Laplace b in patches; None: all flow is equally good.
         depth: (S, H, W) of the templates, metres, 0 = no surface; points: (S, H, W, 3), see `object_points`.
         object_patches: (N,) bool, query patches that show the object.
-        max_points: how many are kept.
     """
     number = buddies.shape[1]
     patch_size = round((depth.shape[1] * depth.shape[2] / number) ** 0.5)
@@ -114,17 +116,13 @@ def gather_correspondences(
     surface = to_patches(points, patch_size)[template, buddy]
     if flow.shape[2] == 1:
         has_surface, surface = _center_of(has_surface, surface)
-    found = Correspondences(
+    return Correspondences(
         points=surface[has_surface],
         places=places[has_surface],
         weights=weights[has_surface],
         patches=patch[:, None, None].expand(has_surface.shape)[has_surface],
         templates=template[:, None, None].expand(has_surface.shape)[has_surface],
     )
-    if len(found) <= max_points:
-        return found
-    # in their own order: which of two equally heavy points comes first must not change what RANSAC draws
-    return found.select(found.weights.topk(max_points).indices.sort().values)
 
 
 def _center_of(has_surface: Tensor, points: Tensor) -> tuple[Tensor, Tensor]:

@@ -25,7 +25,7 @@ from pipelines.vpog.correspondences import (
 from pipelines.vpog.model import VPOGModel, VPOGOutput
 from pipelines.vpog.query import Picture, Query, box_of, crop_query, read_box, read_mask, read_picture
 from pipelines.vpog.retrieval import Preselection, Views, choose_hypotheses, class_scores, preselect
-from pipelines.vpog.solve import PoseSolution, Solver, choose_solver, place_template, solve_pose
+from pipelines.vpog.solve import PoseSolution, Solver, choose_solver, place_template, reprojection_errors, solve_pose
 from pipelines.vpog.templates import TemplateSet, render_template_set
 from pipelines.vpog.token_cache import TokenCache, model_sha256, pictures_sha256
 
@@ -307,24 +307,23 @@ class VPOGPipeline(ExportedPipeline):
             depth,
             prepared.points(group),
             query.patches,
-            settings.max_points,
         )
-        sources = range(len(group)) if settings.combine == "each" else [None]
-        best: tuple[float, Tensor, Tensor] | None = None
-        for source in sources:
-            mine = torch.ones(len(found), dtype=torch.bool) if source is None else found.templates == source
-            solution = self._ransac(found.select(mine), query, poses[source or 0], settings)
+        best: tuple[float, Tensor, Tensor, Correspondences] | None = None
+        for source in range(len(group)) if settings.combine == "each" else [None]:
+            mine = found if source is None else found.select(found.templates == source)
+            kept = mine.heaviest(settings.max_points)
+            solution = self._ransac(kept, query, poses[source or 0], settings)
             if solution is None:
                 continue
-            inliers = torch.zeros(len(found), dtype=torch.bool)
-            inliers[mine] = solution.inliers
-            score = score_pose(logits, found, mine, inliers, query.patches)
+            errors = reprojection_errors(solution.camera_from_object, mine.points, mine.places, query.K)
+            score = score_pose(logits, mine, errors <= self._pixels(settings), query.patches)
             if best is None or score > best[0]:
-                best = score, solution.camera_from_object, inliers
+                best = score, solution.camera_from_object, solution.inliers, kept
         if best is None:
             extent = box_of(depth[0] > 0)
             pose = place_template(poses[0], prepared.K, extent, query.K, query.box_in_crop)
-            best = 0.0, pose, torch.zeros(len(found), dtype=torch.bool)
+            kept = found.heaviest(settings.max_points)
+            best = 0.0, pose, torch.zeros(len(kept), dtype=torch.bool), kept
         turns = len(prepared.views) // prepared.views.copies
         return PoseEstimate(
             camera_from_object=best[1].numpy(),
@@ -332,7 +331,7 @@ class VPOGPipeline(ExportedPipeline):
             inliers=best[2].numpy(),
             template_indices=(group % turns).numpy(),
             in_plane_copies=(group // turns).numpy(),
-            correspondences=found,
+            correspondences=best[3],
             crop_from_picture=query.crop_from_picture.numpy(),
         )
 
@@ -341,10 +340,14 @@ class VPOGPipeline(ExportedPipeline):
             found,
             query.K,
             frame,
-            threshold=settings.threshold * self.model.config.image_size,
+            threshold=self._pixels(settings),
             solver=settings.solver,
             seed=settings.seed,
         )
+
+    def _pixels(self, settings: Settings) -> float:
+        """The largest reprojection error of an inlier in pixels of the crop."""
+        return settings.threshold * self.model.config.image_size
 
     def _look_again(
         self,
@@ -464,21 +467,20 @@ def read_flow(output: VPOGOutput, flow: Flow) -> tuple[Tensor, Tensor | None]:
     return torch.zeros(*output.buddies.shape[1:], 1, 1, 2), None
 
 
-def score_pose(logits: Tensor, found: Correspondences, mine: Tensor, inliers: Tensor, object_patches: Tensor) -> float:
+def score_pose(logits: Tensor, found: Correspondences, agrees: Tensor, object_patches: Tensor) -> float:
     """How sure a pose is, in [0, 1]: mean over the object's patches of class probability x share that agrees.
 
     Args:
         logits: (S, N, N + 1).
-        mine: (M,) bool, correspondences that the pose was made from; inliers: (M,) bool, those that agree with it.
+        found: all correspondences that the pose could be made from, before the heaviest were chosen.
+        agrees: (M,) bool, which of them agree with it.
         object_patches: (N,) bool; one without correspondences counts 0.
     """
-    number = len(object_patches)
+    templates, number = logits.shape[:2]
     key = found.templates * number + found.patches
-    shape = len(logits), number
-    count = torch.bincount(key[mine], minlength=shape[0] * number).reshape(shape)
-    agree = torch.bincount(key[inliers], minlength=shape[0] * number).reshape(shape)
-    confidence = logits.softmax(dim=-1)[..., :-1].amax(dim=-1)
-    per_patch = (confidence * agree / count.clamp(min=1)).amax(dim=0)
+    count, agreeing = (torch.bincount(key[rows], minlength=templates * number) for rows in (slice(None), agrees))
+    share = (agreeing / count.clamp(min=1)).reshape(templates, number)
+    per_patch = (logits.softmax(dim=-1)[..., :-1].amax(dim=-1) * share).amax(dim=0)
     return float(per_patch[object_patches].mean())
 
 

@@ -83,7 +83,7 @@ def read_mask(mask: Picture, height: int, width: int) -> Tensor:
     Raises:
         ValueError: it is not of the picture's size, or empty.
     """
-    values = torch.as_tensor(np.asarray(mask.convert("L"))) if isinstance(mask, Image.Image) else torch.as_tensor(mask)
+    values = torch.as_tensor(np.array(mask.convert("L")) if isinstance(mask, Image.Image) else mask)
     if tuple(values.shape) != (height, width):
         raise ValueError(f"`mask` must be of the picture's size {(height, width)}, got {tuple(values.shape)}")
     values = values.cpu() != 0

@@ -17,12 +17,10 @@ from pipelines.vpog.correspondences import (
 from pipelines.vpog.solve import solve_pose
 
 
-def gather(scene, max_points: int = 4000, **changed):
+def gather(scene, **changed):
     names = ("logits", "buddies", "flow", "scale")
     values = {name: getattr(scene, name) for name in names} | {"depth": scene.template_depth, "points": scene.points}
-    return gather_correspondences(
-        **values | {"object_patches": scene.object_patches, "max_points": max_points} | changed
-    )
+    return gather_correspondences(**values | {"object_patches": scene.object_patches} | changed)
 
 
 def test_patch_centres_are_where_pixel_centres_are_integers():
@@ -102,7 +100,9 @@ def test_unseen_and_background_patches_and_empty_pixels_give_nothing():
 def test_the_heaviest_are_kept_in_their_own_order():
     scene = make_scene()
     scale = 0.05 + torch.rand(scene.scale.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    everything, some = gather(scene, scale=scale), gather(scene, max_points=100, scale=scale)
+    everything = gather(scene, scale=scale)
+    some = everything.heaviest(100)
+    assert everything.heaviest(len(everything)) is everything
     assert len(some) == 100
     order = [(everything.weights == weight).nonzero()[0, 0].item() for weight in some.weights]
     assert order == sorted(order)

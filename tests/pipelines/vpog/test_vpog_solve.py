@@ -98,9 +98,8 @@ def test_another_cad_frame_gives_the_same_pose(seed):
         poses = (scene.template_poses @ gauge).float().double()
         points = transform(inverse_pose(gauge), scene.points.flatten(0, 2)).reshape(scene.points.shape)
         found = gather_correspondences(
-            *(scene.logits, scene.buddies, flow, scene.scale, scene.template_depth, points, scene.object_patches),
-            max_points=500,
-        )
+            *(scene.logits, scene.buddies, flow, scene.scale, scene.template_depth, points, scene.object_patches)
+        ).heaviest(500)
         return solve_pose(found, CAMERA, poses[0], threshold=2.5).camera_from_object
 
     expected = solve(torch.eye(4, dtype=torch.float64)) @ change
