@@ -101,8 +101,8 @@ class GLDrawer:
             "position": body.vertices[body.faces],
             "normal": np.repeat(body.normals[:, None], 3, axis=1),
             "curved": body.curved,
-            "color": surface.colors,
-            "uv": surface.uv,
+            "color": surface.colors.transpose(2, 0, 1),
+            "uv": surface.uv.transpose(2, 0, 1),
         }
         for texture in np.unique(surface.texture):
             mine = surface.texture == texture
@@ -158,7 +158,7 @@ class GLDrawer:
         fine_size = (self.size[0] * self.supersample, self.size[1] * self.supersample)
         colors = np.frombuffer(drawn[self.supersample].read(components=4, attachment=0, dtype="f4"), np.float32)
         colors = colors.reshape(*fine_size, 4)
-        return colors[..., :3], colors[..., 3] > 0, found[..., 0], found[..., 1].astype(np.int16) - 1
+        return colors[..., :3].transpose(2, 0, 1), colors[..., 3] > 0, found[..., 0], found[..., 1].astype(np.int16) - 1
 
     def draw(self, target: moderngl.Framebuffer, poses: np.ndarray, clip: np.ndarray, light: Light) -> None:
         """Fill a target with colours, and with depth and the body's number + 1."""

@@ -26,6 +26,7 @@ from backlot.rendering import (
     corner_normals,
     cross,
     edge_functions,
+    mix,
     seen_from,
     to_bytes,
     to_srgb,
@@ -65,8 +66,8 @@ class Light:
         return np.asarray(self.direction, np.float64) / np.linalg.norm(self.direction)
 
     def on(self, lambert: np.ndarray) -> np.ndarray:
-        """Light (N, 3) on surfaces with cosines (N,) to the lamp, shadows counted."""
-        return (self.ambient + (1 - self.ambient) * lambert)[:, None] * np.asarray(self.colour, np.float32)
+        """Light (3, N) on surfaces with cosines (N,) to the lamp, shadows counted."""
+        return np.asarray(self.colour, np.float32)[:, None] * (self.ambient + (1 - self.ambient) * lambert)
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,7 +122,7 @@ def is_solid(mesh: trimesh.Trimesh) -> bool:
 @dataclass(frozen=True, eq=False)
 class Placed:
     """Bodies before a camera: `corners` (3, 3, F) in its axes, and of each triangle its body `owner` (F,), its number
-    `face` (F,) there, and the `lambert` cosines (F, 3) and the unit normal `outward` (F, 3), on the camera's side.
+    `face` (F,) there, and the `lambert` cosines (3, 1, F) and the unit normal `outward` (F, 3), on the camera's side.
     """
 
     corners: np.ndarray
@@ -146,10 +147,11 @@ class Placed:
             if cull and body.solid and corners[:, 2].min() > NEAR:
                 kept = np.flatnonzero(~away)
             sign = np.where(away[kept], -1.0, 1.0)[:, None]
-            lambert = np.maximum(sign * (body.curved[kept] @ (towards @ rotation)), 0).astype(np.float32)
+            lambert = np.maximum(sign * (body.curved[kept] @ (towards @ rotation)), 0)
             owner = np.full(len(kept), number, np.int16)
             parts.append((corners[..., kept].transpose(2, 0, 1), owner, kept, lambert, sign * normals[kept]))
         corners, owner, face, lambert, outward = (np.concatenate(each) for each in zip(*parts, strict=True))
+        lambert = np.ascontiguousarray(lambert.T[:, None], np.float32)
         return cls(np.ascontiguousarray(corners.transpose(1, 2, 0)), owner, face, lambert, outward)
 
     def in_pixels(self, K: np.ndarray) -> np.ndarray:
@@ -247,15 +249,13 @@ def finer(K: np.ndarray, supersample: int) -> np.ndarray:
 
 
 def develop(colors: np.ndarray, covered: np.ndarray, seen: np.ndarray, supersample: int) -> np.ndarray:
-    """sRGB bytes (H, W, 3) from linear colours (H s, W s, 3), 0 where not `covered` (H s, W s); black where not `seen`
+    """sRGB bytes (H, W, 3) from linear colours (3, H s, W s), 0 where not `covered` (H s, W s); black where not `seen`
     (H, W)."""
     offsets = [(row, column) for row in range(supersample) for column in range(supersample)]
-    total = sum(colors[row::supersample, column::supersample] for row, column in offsets)
+    total = sum(colors[:, row::supersample, column::supersample] for row, column in offsets)
     count = sum(covered[row::supersample, column::supersample].astype(np.float32) for row, column in offsets)
-    rgb = np.zeros((*seen.shape, 3), np.uint8)
-    mean = total[seen] / np.maximum(count[seen], 1)[:, None]
-    rgb[seen] = srgb_bytes()[(np.minimum(mean, 1) * SRGB_STEPS + 0.5).astype(np.int64)]
-    return rgb
+    mean = np.where(seen, np.minimum(total / np.maximum(count, 1), 1), 0)
+    return np.ascontiguousarray(srgb_bytes().take((mean * SRGB_STEPS + 0.5).astype(np.int32)).transpose(1, 2, 0))
 
 
 @functools.cache
@@ -279,7 +279,7 @@ class ZBufferDrawer:
             poses: (O, 4, 4).
 
         Returns:
-            Linear colours (H s, W s, 3) and which of them are covered (H s, W s); depth and instances (H, W).
+            Linear colours (3, H s, W s) and which of them are covered (H s, W s); depth and instances (H, W).
         """
         s = self.supersample
         placed = Placed.of(self.bodies, poses, light, cull=not self.shadows)
@@ -291,34 +291,42 @@ class ZBufferDrawer:
         if s > 1:
             nearness, face = z_buffer(placed.in_pixels(fine_K), None, fine_size)
         colors = self.shade(placed, fine_K, face, nearness, fine_size, light)
-        return colors.reshape(*fine_size, 3), (face >= 0).reshape(fine_size), depth, instances
+        return colors.reshape(3, *fine_size), (face >= 0).reshape(fine_size), depth, instances
 
     def shade(
         self, placed: Placed, K: np.ndarray, face: np.ndarray, nearness: np.ndarray, size: tuple[int, int], light: Light
     ) -> np.ndarray:
-        """Linear colours (H W, 3) of the pixels that see triangles `face` (H W,), 0 where that is -1."""
-        colors = np.zeros((len(face), 3), np.float32)
-        lines, _ = edge_functions(placed.in_pixels(K))
+        """Linear colours (3, H W) of the pixels that see triangles `face` (H W,), 0 where that is -1."""
+        colors = np.zeros((3, len(face)), np.float32)
+        lines, determinant = edge_functions(placed.in_pixels(K))
+        with np.errstate(divide="ignore", invalid="ignore"):  # seen from its edge, and so not seen
+            planes = (lines[:2] / determinant).reshape(6, -1)
         seen = np.flatnonzero(face >= 0)
         reached = self.reached(placed, K, seen, face, nearness, size, light)
         for pixel, share in zip(in_parts(seen), in_parts(reached), strict=True):
-            which = face[pixel]
+            which = face.take(pixel)
             row, column = np.divmod(pixel, size[1])
-            weights = np.maximum(lines[:, 0, which] * column + lines[:, 1, which] * row + lines[:, 2, which], 0)
-            weights = (weights / np.maximum(weights.sum(0), 1e-300)).T.astype(np.float32)
-            lambert = (weights * placed.lambert[which]).sum(1) * share
-            colors[pixel] = self.albedo(placed, which, weights) * light.on(lambert)
+            depth = 1 / nearness.take(pixel)
+            a, b, c, d, e, f = planes.take(which, axis=1)
+            weights = np.empty((3, len(pixel)), np.float32)
+            weights[0] = (a * column + b * row + c) * depth
+            weights[1] = (d * column + e * row + f) * depth
+            weights[2] = 1 - weights[0] - weights[1]
+            lambert = mix(weights, placed.lambert, which)[0] * share
+            shaded = self.albedo(placed, which, weights) * light.on(lambert)
+            for channel, values in zip(colors, shaded, strict=True):
+                channel[pixel] = values
         return colors
 
     def albedo(self, placed: Placed, which: np.ndarray, weights: np.ndarray) -> np.ndarray:
-        """Linear colours (N, 3) of points of triangles (N,), which weigh their corners so (N, 3)."""
-        face, owner = placed.face[which], placed.owner[which]
+        """Linear colours (3, N) of points of triangles (N,), which weigh their corners so (3, N)."""
+        face, owner = placed.face.take(which), placed.owner.take(which)
         if len(self.bodies) == 1:
             return self.bodies[0].surface.at(face, weights)
-        result = np.empty((len(which), 3), np.float32)
+        result = np.empty((3, len(which)), np.float32)
         for number in np.unique(owner):
-            mine = owner == number
-            result[mine] = self.bodies[number].surface.at(face[mine], weights[mine])
+            mine = np.flatnonzero(owner == number)
+            result[:, mine] = self.bodies[number].surface.at(face[mine], weights[:, mine])
         return result
 
     def reached(

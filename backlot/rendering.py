@@ -111,9 +111,9 @@ class Rendering:
 
 @dataclass(frozen=True, eq=False)
 class Surface:
-    """What colour a mesh has at each of its points: linear `colors` (F, 3, 3) of the corners of its triangles, times,
-    where `texture` (F,) is not negative, that of `pictures[texture]` (H, W, 3) sRGB bytes at the places `uv` (F, 3, 2)
-    of the corners; v points up, and the pictures repeat.
+    """What colour a mesh has at each of its points: linear `colors` (3 corners, 3, F) of its triangles, times, where
+    `texture` (F,) is not negative, that of `pictures[texture]` (H, W, 3) sRGB bytes at the places `uv` (3 corners, 2,
+    F); v points up, and the pictures repeat.
     """
 
     colors: np.ndarray
@@ -129,51 +129,51 @@ class Surface:
         if uv is None:
             own = mesh_colors(mesh)
             tint = to_linear(np.asarray(color if own is None else own, np.float64))
-            colors = np.broadcast_to(tint, mesh.vertices.shape)[faces]
-            return cls(colors.astype(np.float32), np.zeros((len(faces), 3, 2), np.float32), texture)
-        colors = np.empty((len(faces), 3, 3), np.float32)
+            colors = by_corner(np.broadcast_to(tint, mesh.vertices.shape), faces)
+            return cls(colors.astype(np.float32), np.zeros((3, 2, len(faces)), np.float32), texture)
+        colors = np.empty((3, 3, len(faces)), np.float32)
         several = isinstance(visual.material, MultiMaterial)
         materials = visual.material.materials if several else [visual.material]
         number = np.asarray(visual.face_materials) if several else np.zeros(len(faces), int)
         for n, material in enumerate(materials):
             picture, tint = material_texture(material)
-            colors[number == n] = tint
+            colors[..., number == n] = tint[:, None]
             if picture is not None:
                 texture[number == n] = len(pictures)
                 pictures.append(picture)
-        return cls(colors, uv[faces].astype(np.float32), texture, tuple(pictures))
+        return cls(colors, by_corner(uv, faces).astype(np.float32), texture, tuple(pictures))
 
     def at(self, face: np.ndarray, weights: np.ndarray) -> np.ndarray:
-        """Linear colours (N, 3) of points of triangles (N,) that weigh their corners so: (N, 3)."""
-        colors = mix(weights, self.colors[face])
+        """Linear colours (3, N) of points of triangles (N,) that weigh their corners so: (3, N)."""
+        colors = mix(weights, self.colors, face)
         if not self.pictures:
             return colors
-        place, texture = mix(weights, self.uv[face]), self.texture[face]
+        place, texture = mix(weights, self.uv, face), self.texture[face]
         for number, picture in enumerate(self.pictures):
             some = np.flatnonzero(texture == number)
-            colors[some] *= bilinear(picture, place[some])
+            colors[:, some] *= bilinear(picture, place[:, some])
         return colors
 
 
-def mix(weights: np.ndarray, values: np.ndarray) -> np.ndarray:
-    """Weighted sums (N, C) over the corners: weights (N, 3), values (N, 3, C)."""
-    return sum(weights[:, k, None] * values[:, k] for k in range(3))
+def mix(weights: np.ndarray, corners: np.ndarray, face: np.ndarray) -> np.ndarray:
+    """Values (C, N) at points of triangles (N,), from those at the corners (3, C, F) and their weights (3, N)."""
+    return np.stack([sum(weights[k] * corners[k, c].take(face) for k in range(3)) for c in range(corners.shape[1])])
 
 
 def bilinear(picture: np.ndarray, uv: np.ndarray) -> np.ndarray:
-    """Linear colours (N, 3) of sRGB bytes (H, W, 3) at places (N, 2); texel (row, column) is at its square's centre."""
+    """Linear colours (3, N) of sRGB bytes (H, W, 3) at places (2, N); texel (row, column) is at its square's centre."""
     height, width = picture.shape[:2]
-    place = uv * np.array([width, -height], uv.dtype) - 0.5
+    place = uv * np.array([[width], [-height]], uv.dtype) - 0.5
     corner = np.floor(place)
     share = (place - corner).astype(np.float32)
-    left, top = corner.astype(np.int64).T
+    left, top = corner.astype(np.int64)
     columns, rows = (left % width, (left + 1) % width), (top % height, (top + 1) % height)
     flat, table = picture.reshape(-1, 3), linear_bytes()
     parts = []
     for row in rows:
-        one, other = (table[flat[row * width + column]] for column in columns)
-        parts.append(one + share[:, :1] * (other - one))
-    return parts[0] + share[:, 1:] * (parts[1] - parts[0])
+        one, other = (table.take(flat.take(row * width + column, axis=0).T) for column in columns)
+        parts.append(one + share[0] * (other - one))
+    return parts[0] + share[1] * (parts[1] - parts[0])
 
 
 @functools.cache
@@ -239,10 +239,10 @@ class Soup:
         return cls(vertices, tints, faces, normals.T, owner, surfaces)
 
     def textured(self, albedo: np.ndarray, face: np.ndarray, weights: np.ndarray) -> np.ndarray:
-        """`albedo` (N, 3) of points of triangles (N,), with that of the surfaces on the meshes that have one."""
+        """`albedo` (N, 3) of points of triangles (N,) with weights (N, 3), where a mesh has a surface that of it."""
         for number, surface in self.surfaces.items():
             mine = np.flatnonzero(self.owner[face] == number)
-            albedo[mine] = surface.at(face[mine] - np.searchsorted(self.owner, number), weights[mine])
+            albedo[mine] = surface.at(face[mine] - np.searchsorted(self.owner, number), weights[mine].T).T
         return albedo
 
 

@@ -155,6 +155,8 @@ def make_scenes(argv: list[str] | None = None) -> None:
             settings.num_images,
             settings.image_size,
             split=settings.split,
+            num_symmetric=settings.num_symmetric,
+            num_workers=settings.num_workers,
         )
         folders = [settings.out / settings.split]
         if settings.shards:

@@ -225,7 +225,7 @@ def test_an_unknown_object_and_a_missing_mesh_are_named(root):
     with pytest.raises(ValueError, match=r"mesh of object 2 is missing: .*obj_000002\.ply"):
         models[2].load_mesh()
     (root / "models" / "obj_000001.ply").write_bytes(b"ply\nformat ascii 1.0\n")
-    with pytest.raises(ValueError, match="mesh of object 1 is damaged|has no faces"):
+    with pytest.raises(ValueError, match=r"mesh of object 1 is damaged|has no faces"):
         models[1].load_mesh()
 
 
@@ -297,7 +297,7 @@ def test_shapenet_models_are_found(tmp_path):
     place.mkdir(parents=True)
     trimesh.creation.box((0.5, 0.5, 0.5)).export(place / "model_normalized.obj")
     assert abs(read_models(tmp_path / "models_orig")[3].diameter - 0.05 * 3**0.5) < 1e-6
-    with pytest.raises(ValueError, match="has no models_info.json"):
+    with pytest.raises(ValueError, match=r"has no models_info\.json"):
         read_models(place)
 
 
