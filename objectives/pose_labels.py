@@ -231,17 +231,21 @@ def _labels_of(batch: Mapping[str, Tensor], patch_size: int, config: LabelConfig
     centers = patch_centers(height, width, patch_size, query_depth, config.patch_center)
     is_pair = (patch_cls >= 0) & (patch_cls < len(centers))
     surface = template_depth > 0
-    # one gather of whole patches: both coordinates, then both masks
-    pixels = torch.stack([to_patches(plane, patch_size) for plane in (places.u, places.v)], dim=-1)
-    masks = torch.stack([to_patches(plane, patch_size) for plane in (places.visible, surface)], dim=-3)
-    flow = (take_patches(pixels, patch_cls) - centers[:, None, None]) / patch_size
-    visible, on_surface = (take_patches(masks, patch_cls) & is_pair[..., None, None, None]).unbind(-3)
-    flow = torch.where(visible[..., None], flow, 0.0)
-    supervised = visible & (flow.abs().amax(-1) <= config.max_flow)
+    # coordinate by coordinate: their planes are contiguous
+    visible, on_surface = (
+        take_patches(to_patches(mask, patch_size), patch_cls) & is_pair[..., None, None]
+        for mask in (places.visible, surface)
+    )
+    flow = [
+        (take_patches(to_patches(plane, patch_size), patch_cls) - start[:, None, None]) / patch_size
+        for plane, start in zip((places.u, places.v), centers.unbind(-1), strict=True)
+    ]
+    supervised = visible & (torch.maximum(flow[0].abs(), flow[1].abs()) <= config.max_flow)
+    dense_flow = torch.stack([torch.where(visible, plane, 0.0) for plane in flow], dim=-1)
     is_visible = is_pair
     if config.compute_patch_visibility:
         enough = visible.sum((-2, -1)) >= max(config.visibility_threshold * patch_size**2, 1)
-        is_visible = enough & (supervised == visible).all(-1).all(-1)
+        is_visible = enough & (supervised == visible).flatten(-2).all(-1)
     coarse, is_defined = center_flow(places, surface, patch_cls, centers, patch_size)
     is_defined = is_defined & is_pair
     in_object = (torch.eye(size, device=K.device, dtype=K.dtype) for size in (3, 4))
@@ -252,11 +256,11 @@ def _labels_of(batch: Mapping[str, Tensor], patch_size: int, config: LabelConfig
         torch.where(is_defined[..., None], coarse, 0.0).unflatten(2, grid),
         (is_visible & is_defined).unflatten(2, grid),
         is_visible.unflatten(2, grid),
-        flow,
+        dense_flow,
         visible,
         supervised,
         on_surface,
-        torch.where(surface[..., None], torch.stack(points, dim=-1), 0.0),
+        torch.stack([torch.where(surface, plane, 0.0) for plane in points], dim=-1),
     )
 
 
