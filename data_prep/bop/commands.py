@@ -88,7 +88,8 @@ def check(argv: list[str] | None = None) -> None:
 
 def check_csv(settings: CheckSettings) -> bool:
     """Whether a csv file can be handed in; prints a line for each thing that is wrong."""
-    from data_prep.bop.format import TARGETS, TARGETS_NAME, read_json
+    from data_prep.bop.format import TARGETS, TARGETS_NAME
+    from data_prep.bop.json_files import read_json
     from data_prep.bop.results import check_results
 
     with input_errors():
@@ -155,6 +156,8 @@ def make_scenes(argv: list[str] | None = None) -> None:
             settings.num_images,
             settings.image_size,
             split=settings.split,
+            num_symmetric=settings.num_symmetric,
+            num_workers=settings.num_workers,
         )
         folders = [settings.out / settings.split]
         if settings.shards:

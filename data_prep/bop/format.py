@@ -24,19 +24,18 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Protocol, TypeVar
+from typing import Annotated, Protocol
 
 import numpy as np
 from PIL import Image
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter
 
 from backlot.files import write_file
-from backlot.metadata import Metadata, describe_errors
+from backlot.metadata import Metadata
 from backlot.pictures import BAD_IMAGE_ERRORS, EXHAUSTED, decode_image
+from data_prep.bop.json_files import read_json
+from data_prep.bop.models import Models, read_models
 from data_prep.bop.symmetries import METRES_PER_MM, is_rotation
-
-if TYPE_CHECKING:
-    from data_prep.bop.models import Models
 
 CAMERA_NAME, GT_NAME, INFO_NAME = "scene_camera.json", "scene_gt.json", "scene_gt_info.json"
 TARGETS_NAME = "test_targets_bop19.json"
@@ -47,8 +46,6 @@ NO_BOX = (-1, -1, -1, -1)
 MIN_VISIB = 0.1
 """Share of an object's silhouette above which it counts as seen."""
 PNG_LEVEL = 1
-
-T = TypeVar("T")
 
 
 class BadSampleError(ValueError):
@@ -162,22 +159,6 @@ CAMERAS = TypeAdapter(dict[str, CameraJson])
 POSES = TypeAdapter(dict[str, list[PoseJson]])
 INFOS = TypeAdapter(dict[str, list[InfoJson]])
 TARGETS = TypeAdapter(list[Target])
-
-
-def parse_json(data: bytes, form: TypeAdapter[T], source: str) -> T:
-    """Check a JSON file; ValueError, one line, names the first of what is wrong."""
-    try:
-        return form.validate_json(data)
-    except ValidationError as error:
-        raise ValueError(describe_errors(error, source)[0]) from None
-
-
-def read_json(path: Path, form: TypeAdapter[T]) -> T:
-    """Read and check a JSON file; ValueError, one line, if it is missing or wrong."""
-    try:
-        return parse_json(path.read_bytes(), form, str(path))
-    except FileNotFoundError:
-        raise ValueError(f"{path} is missing") from None
 
 
 @dataclass(frozen=True)
@@ -353,8 +334,6 @@ class BopDataset:
 
     def models(self, folder: str = "models") -> Models:
         """Of the objects, by their ids."""
-        from data_prep.bop.models import read_models
-
         return read_models(self.root / folder)
 
     def targets(self) -> list[Target]:

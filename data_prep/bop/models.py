@@ -35,7 +35,7 @@ from tqdm import tqdm
 from backlot.files import read_json as read_plain_json
 from backlot.files import write_file
 from backlot.metadata import Metadata
-from data_prep.bop.format import read_json
+from data_prep.bop.json_files import read_json
 from data_prep.bop.symmetries import METRES_PER_MM, symmetry_set
 
 if TYPE_CHECKING:

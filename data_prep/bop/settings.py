@@ -70,21 +70,27 @@ class CheckSettings(Section):
 class MakeScenesSettings(Section):
     out: Path
     """folder of the BOP dataset; if it holds a part, that is completed"""
-    split: str = Field("train", pattern=r"[a-z][a-z0-9_]*")
+    split: str = Field("train", pattern=r"^[a-z][a-z0-9_]*$")
     """folder of the scenes"""
     num_objects: int = Field(20, ge=1)
     """that are made"""
+    num_symmetric: int | None = Field(None, ge=0)
+    """of them, with symmetries; a quarter if left out"""
     num_images: int = Field(1000, ge=1)
     """of the split"""
     image_size: tuple[int, int] = SCENES_SIZE
     """width and height of the pictures in pixels"""
     seed: int = Field(0, ge=0)
     """of objects and scenes; other objects are never seen in training"""
+    num_workers: int = Field(min(os.cpu_count() or 1, 4), ge=1)
+    """processes"""
     shards: bool = False
     """write tar shards, too, in OUT/SPLIT_web"""
 
     @model_validator(mode="after")
     def _check(self) -> Self:
+        if self.num_symmetric is not None and self.num_symmetric > self.num_objects:
+            raise ValueError(f"--num_symmetric must be at most --num_objects {self.num_objects}")
         if min(self.image_size) < 8:
             raise ValueError(f"--image_size must be at least 8 8, got {self.image_size[0]} {self.image_size[1]}")
         return self

@@ -44,10 +44,10 @@ from data_prep.bop.format import (
     encode_depth,
     find_picture,
     make_instances,
-    parse_json,
     pose_json,
     to_file_box,
 )
+from data_prep.bop.json_files import parse_json
 from data_prep.bop.symmetries import METRES_PER_MM
 
 MEGAPOSE_BROKEN = (101, 102, 108, 114, 701)
