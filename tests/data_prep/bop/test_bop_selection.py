@@ -208,6 +208,17 @@ def test_small_sets_have_no_template_twice():
     assert not ((chosen.indices == chosen.nearest[:, None]) & (chosen.types == NEGATIVE)).any()
 
 
+def test_the_nearest_template_is_no_negative_even_where_it_is_no_positive():
+    """Positives from anywhere, negatives from one degree on."""
+    anywhere = {"positive_sampling_mode": "random_within_range", "positive_sampling_deg_range": 180.0}
+    settings = SelectionSettings(**anywhere, num_negative_templates=6, min_negative_angle_deg=1)
+    table, poses = template_table(0), random_poses(100, 12)
+    chosen = select_templates(poses, table, IDENTITY, settings, generator())
+    is_nearest = chosen.indices == chosen.nearest[:, None]
+    assert not is_nearest.any(1).all()
+    assert not (is_nearest & (chosen.types == NEGATIVE)).any()
+
+
 def test_more_than_there_are():
     with pytest.raises(ValueError, match="13 templates are to be chosen of 12"):
         select_templates(
