@@ -198,18 +198,14 @@ def center_flow(
 ) -> tuple[Tensor, Tensor]:
     """(B, S, N, 2) offsets (v(centre of the template patch) - c_p) / ps, and (B, S, N) where the centre has a surface.
 
-    The centre's place is the mean over the pixels around it that lie on the object: 4 of an even patch, 1 of an odd.
+    The centre's place is the mean over the pixels around it, 4 of an even patch and 1 of an odd; all must lie on the
+    object.
     """
     low, high = (patch_size - 1) // 2, patch_size // 2 + 1
-    around = to_patches(surface, patch_size)[..., low:high, low:high].float()
-    count = around.sum((-2, -1)).clamp(min=1)
-    means = [
-        (to_patches(plane, patch_size)[..., low:high, low:high] * around).sum((-2, -1)) / count
-        for plane in (places.u, places.v)
-    ]
-    at = torch.stack([*means, around.amax((-2, -1))], dim=-1)
+    planes = (places.u, places.v, surface.float())
+    at = torch.stack([to_patches(x, patch_size)[..., low:high, low:high].mean((-2, -1)) for x in planes], dim=-1)
     at = take_patches(at, patch_cls)
-    return (at[..., :2] - centers) / patch_size, at[..., 2] > 0
+    return (at[..., :2] - centers) / patch_size, at[..., 2] == 1
 
 
 def _labels_of(batch: Mapping[str, Tensor], patch_size: int, config: LabelConfig) -> PoseLabels:

@@ -9,8 +9,8 @@ from pose_scenes import look_from, pose_batch
 from scipy import stats
 from scipy.spatial.transform import Rotation
 
-from backlot.cameras import make_pose, project, rotation_angle, transform
-from backlot.pose_solver import find_pose, pose_problem, to_matrices, to_rows
+from backlot.cameras import project, rotation_angle, transform
+from backlot.pose_solver import find_pose, pose_cost, pose_problem, to_rows
 from objectives.epropnp import (
     Points,
     Proposal,
@@ -81,53 +81,36 @@ def test_the_angular_gaussian_is_a_density_on_the_whole_sphere():
 
 
 def test_draws_follow_their_law_and_the_fit_finds_it():
-    proposal = Proposal(
-        torch.tensor([[0.1, 0.2, 3.0]]), 0.1 * torch.eye(3)[None], torch.linalg.cholesky(spd(4, 2))[None]
-    )
-    rows = draw(proposal, 40_000, seeded())
+    matrix = spd(4, 2)
+    proposal = Proposal(torch.tensor([[0.1, 0.2, 3.0]]), 0.1 * torch.eye(3)[None], torch.linalg.cholesky(matrix)[None])
+    rows = draw(proposal, 20_000, seeded())
     fitted = fit_proposal(rows, torch.zeros(rows.shape[:2]))
     assert (fitted.mean - proposal.mean).abs().max() < 0.01
-    true, found = (law.acg_factor[0] @ law.acg_factor[0].T for law in (proposal, fitted))
-    assert (true / true.trace() - found / found.trace()).abs().max() < 0.05
-    # the covariance of Student's t with 3 degrees of freedom is 3 times its spread; heavy tails converge slowly
-    assert 1.5 < (fitted.factor[0, 0, 0] ** 2 / 0.01) < 6
+    found = fitted.acg_factor[0] @ fitted.acg_factor[0].T
+    assert (matrix / matrix.trace() - found / found.trace()).abs().max() < 0.03
+    median = ((rows[:, 0, 0] - 0.1) / 0.1).abs().median().item()
+    assert abs(median - stats.t(df=3).ppf(0.75)) < 0.03
+    theirs = np.cov(rows[:, 0, :3].numpy().T, ddof=0)
+    np.testing.assert_allclose(fitted.factor[0] @ fitted.factor[0].T, theirs, rtol=1e-2, atol=1e-3)
 
 
 # ---- the integral ----
 
 
-def test_the_integral_agrees_with_plain_importance_sampling():
-    """A broad density of few pairs: log int exp(-E) against a million poses from one wide law."""
-    points, others = noisy_points(1, 24)
-    problem = pose_problem(points.x3d / 0.12, points.x2d, 0.2 * points.w2d, others["K"], 0.1)
+@pytest.mark.parametrize(("count", "sharpness"), [(24, 0.2), (96, 1.0)])
+def test_the_integral_is_laplaces_where_the_density_is_narrow(count, sharpness):
+    """int exp(-E) = 2 (2 pi)^3 |J^T J|^(-1/2) exp(-E*): twice, for q and -q are one pose."""
+    points, others = noisy_points(1, count)
+    problem = pose_problem(points.x3d / 0.12, points.x2d, sharpness * points.w2d, others["K"], 0.1)
     truth = to_rows(others["pose_gt"])
     truth = torch.cat([truth[:, :3] / 0.12, truth[:, 3:]], dim=-1)
     optimum, jtj = find_optimum(problem, truth, 10, seeded())
-    means = []
-    for seed in range(8):
-        poses, log_q = sample_poses(problem, optimum, jtj, CONFIG, seeded(seed))
-        means.append(negative_log_likelihood(problem, truth, poses, log_q))
-    values = torch.cat(means)
-    many = CONFIG.model_copy(update={"samples": 4000, "rounds": 3})
-    poses, log_q = sample_poses(problem, optimum, jtj, many, seeded(100))
-    reference = negative_log_likelihood(problem, truth, poses, log_q)
-    wide, _ = first_and_wider(problem, optimum, jtj)
-    broad = draw(wide, 60_000, seeded(7))
-    from objectives.epropnp import log_density
-
-    plain = negative_log_likelihood(problem, truth, broad, log_density(broad, wide))
-    assert abs(values.mean() - reference.item()) < 0.3
-    assert abs(plain.item() - reference.item()) < 0.3
-    assert values.std() < 0.6
-
-
-def first_and_wider(problem, optimum, jtj):
-    from objectives.epropnp import first_proposal
-
-    law = first_proposal(optimum, jtj)
-    acg = law.acg_factor @ law.acg_factor.mT
-    wider = torch.linalg.cholesky(acg + 3 * acg.diagonal(dim1=-2, dim2=-1).amin(-1)[:, None, None] * torch.eye(4))
-    return Proposal(law.mean, 2 * law.factor, wider), law
+    integral = np.log(2) + 3 * np.log(2 * np.pi) - torch.logdet(jtj) / 2 - pose_cost(problem, optimum)
+    expected = (pose_cost(problem, truth) + integral).item()
+    samples = [sample_poses(problem, optimum, jtj, CONFIG, seeded(seed)) for seed in range(6)]
+    values = torch.cat([negative_log_likelihood(problem, truth, *sample) for sample in samples])
+    assert abs(values.mean().item() - expected) < 0.15
+    assert values.std() < 0.3
 
 
 def test_the_loss_is_least_at_the_truth():
@@ -181,27 +164,21 @@ def test_the_loss_is_not_zero_and_reaches_flow_and_confidence():
     assert [pair[0].item() for pair in metrics.values()] == [0, 0]
 
 
-def test_training_by_the_loss_alone_moves_points_and_weights_the_right_way():
-    """Outliers lose weight, and the pose that the pairs give comes closer to the truth."""
-    points, others = noisy_points(4, 64, outliers=8, noise=2.0)
-    x2d, logits = points.x2d.clone().requires_grad_(), torch.zeros(4, 64, requires_grad=True)
-    optimizer = torch.optim.Adam([{"params": [x2d], "lr": 0.05}, {"params": [logits], "lr": 0.05}])
-
-    def step(update: bool) -> float:
-        weights = CONFIG.weight_scale * logits.softmax(1)[..., None].expand(-1, -1, 2)
-        terms, _ = epropnp_loss(Points(points.x3d, x2d, weights), **others, config=CONFIG, generator=seeded())
-        optimizer.zero_grad()
-        (terms["pose"][0] / 4).backward()
-        if update:
-            optimizer.step()
-        return terms["pose"][0].item() / 4
-
-    first = step(update=True)
-    for _ in range(25):
-        step(update=True)
-    assert step(update=False) < first - 1
+def test_descent_on_the_loss_takes_weight_from_outliers():
+    points, others = noisy_points(2, 48, outliers=6, noise=1.0)
+    logits = torch.zeros(2, 48, requires_grad=True)
+    config = CONFIG.model_copy(update={"samples": 64, "rounds": 3})
+    losses = []
+    for _ in range(12):
+        weights = config.weight_scale * logits.softmax(1)[..., None].expand(-1, -1, 2)
+        terms, _ = epropnp_loss(points._replace(w2d=weights), **others, config=config, generator=seeded())
+        losses.append(terms["pose"][0].item() / 2)
+        [gradient] = torch.autograd.grad(terms["pose"][0], logits)
+        with torch.no_grad():
+            logits -= 0.2 * gradient.sign()
+    assert losses[-1] < losses[0] - 1
     share = logits.detach().softmax(1)
-    assert share[:, :8].mean() < 0.8 * share[:, 8:].mean()
+    assert share[:, :6].mean() < 0.7 * share[:, 6:].mean()
 
 
 def test_labels_recover_the_pose_with_twelve_gross_outliers_of_96():
@@ -213,7 +190,7 @@ def test_labels_recover_the_pose_with_twelve_gross_outliers_of_96():
     x2d[:, :12] += 30 * torch.randn(3, 12, 2, generator=seeded())
     fit = find_pose(points.x3d, x2d, points.w2d.detach(), batch["K"][:, 0], iterations=15, generator=seeded())
     truth = batch["poses"][:, 0]
-    assert torch.rad2deg(rotation_angle(fit.pose[:, :3, :3], truth[:, :3, :3])).max() < 1
+    assert torch.rad2deg(rotation_angle(fit.pose[:, :3, :3], truth[:, :3, :3])).max() < 2.5
 
 
 def test_an_error_is_raised():
@@ -241,15 +218,18 @@ def test_no_pairs_is_a_zero_with_gradient():
 
 def test_what_is_not_finite_is_left_out_and_counted():
     points, others = noisy_points()
-    alone, _ = epropnp_loss(points, **others, config=CONFIG, generator=seeded())
+    without = points.w2d.clone()
+    without[1] = 0
+    expected, counted = epropnp_loss(points._replace(w2d=without), **others, config=CONFIG, generator=seeded())
+    assert counted["pose_too_few"].tolist() == [1, 4]
     x2d, w2d = points.x2d.clone(), points.w2d.clone()
     x2d[1, 5] = torch.nan
     x2d.requires_grad_(), w2d.requires_grad_()
     terms, metrics = epropnp_loss(Points(points.x3d, x2d, w2d), **others, config=CONFIG, generator=seeded())
     assert metrics["pose_nonfinite"].tolist() == [1, 4]
-    assert terms["pose"][1] == 3
-    assert torch.isfinite(terms["pose"][0])
-    assert terms["pose"][0] < alone["pose"][0] * 2
+    for name in terms:
+        assert terms[name][1] == 3
+        torch.testing.assert_close(terms[name], expected[name])
     gradients = torch.autograd.grad(sum(pair[0] for pair in terms.values()), [x2d, w2d])
     for gradient in gradients:
         assert torch.isfinite(gradient).all()
@@ -271,5 +251,3 @@ def test_a_drawn_pair_is_a_point_of_the_paired_patch_and_its_place():
     pixels = project(batch["K"][:, 0], transform(batch["poses"][:, 0], points.x3d))
     assert (pixels - points.x2d)[points.w2d > 0].abs().max() < 1e-2
     torch.testing.assert_close(points.w2d.sum((1, 2)), torch.full((2,), 2 * CONFIG.weight_scale))
-    assert to_matrices(to_rows(batch["poses"][:, 0])).isfinite().all()
-    assert make_pose(torch.eye(3), torch.zeros(3)).shape == (4, 4)

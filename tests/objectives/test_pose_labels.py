@@ -19,7 +19,7 @@ def labels_of(batch: dict, **settings) -> PoseLabels:
 
 
 def pairs_of(batch: dict, labels: PoseLabels, backwards: bool = False) -> tuple[torch.Tensor, ...]:
-    """Points, places and weights (B, P, .) of all seen pixels of all templates; or with the flow's ends exchanged."""
+    """Points, places and weights (B, P, .) of every fifth pixel of all pairs; or with the flow's ends exchanged."""
     centers = patch_centers(SIZE, SIZE, PATCH, labels.dense_flow)
     buddies = labels.patch_cls.clamp(0, COUNT - 1)
     points = torch.stack([to_patches(plane, PATCH) for plane in labels.object_points.unbind(-1)], dim=-1)
@@ -38,7 +38,7 @@ def pairs_of(batch: dict, labels: PoseLabels, backwards: bool = False) -> tuple[
         points = flat.view(*moved.shape[:-1], 3)
         visible = visible & inside & (points.abs().sum(-1) > 0)
     weights = visible[..., None].float().expand(*visible.shape, 2)
-    return tuple(x.flatten(1, 4) for x in (points, places, weights))
+    return tuple(x.flatten(1, 4)[:, ::5] for x in (points, places, weights))
 
 
 def solve(batch: dict, labels: PoseLabels, backwards: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
@@ -183,7 +183,6 @@ def test_centre_flow_is_the_place_of_the_paired_patchs_centre():
         buddy = labels.patch_cls[0, 0, patch].item()
         top, left = buddy // GRID * PATCH + 3, buddy % GRID * PATCH + 3
         around = points[top : top + 2, left : left + 2].flatten(0, 1)
-        around = around[around.abs().sum(-1) > 0]
         place = project(batch["K"][0, 0], transform(batch["poses"][0, 0], around)).mean(0)
         expected = (place - centers[patch]) / PATCH
         assert (labels.flows[0, 0].flatten(0, 1)[patch] - expected).abs().max() < 1e-3
@@ -271,7 +270,7 @@ def test_one_sided_occlusion_sees_through_holes_of_the_depth():
     deeper = batch | {"query_depth": batch["query_depth"] + 0.05 * (batch["query_depth"] > 0)}
     assert labels_of(deeper).dense_visibility.sum() == 0
     one_sided = labels_of(deeper, occlusion="one_sided", class_rule="center", compute_patch_visibility=False)
-    assert one_sided.dense_visibility.sum() >= labels_of(batch, class_rule="center").dense_visibility.sum() * 0
+    assert one_sided.dense_visibility.sum() > 1000
     nearer = batch | {"query_depth": batch["query_depth"] - 0.02 * (batch["query_depth"] > 0)}
     assert labels_of(nearer, occlusion="one_sided").dense_visibility.sum() == 0
 
@@ -339,5 +338,5 @@ def test_an_empty_query_has_no_labels():
 
 
 def test_a_patch_that_does_not_divide_is_refused():
-    with pytest.raises(ValueError, match="`patch_size` must divide .* 112 x 112 .* 15"):
+    with pytest.raises(ValueError, match=r"`patch_size` must divide .* 112 x 112 .* 15"):
         build_labels(pose_batch(1, 1, SIZE), 15, LabelConfig())
