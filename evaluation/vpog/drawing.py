@@ -9,8 +9,11 @@ import colorsys
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+import trimesh
 from PIL import Image, ImageDraw, ImageFont
 from scipy.ndimage import binary_dilation
+
+from backlot.mesh_views import render_views
 
 TRUE_COLOUR = (40, 220, 90)
 ESTIMATE_COLOUR = (255, 80, 40)
@@ -49,6 +52,25 @@ def draw_axes(picture: np.ndarray, pose: np.ndarray, intrinsics: np.ndarray, len
     for tip, colour in zip(tips, AXIS_COLOURS, strict=True):
         pen.line([origin, tip], fill=colour, width=max(1, len(picture) // 160))
     return np.asarray(canvas)
+
+
+def draw_model(
+    picture: np.ndarray,
+    mesh: trimesh.Trimesh,
+    pose: np.ndarray,
+    intrinsics: np.ndarray,
+    colour: Colour = ESTIMATE_COLOUR,
+) -> np.ndarray:
+    """A copy with a model's outline and axes.
+
+    Args:
+        mesh: in metres.
+        pose: `camera_from_object` (4, 4), metres.
+        intrinsics: K (3, 3).
+    """
+    views = render_views([mesh], pose[None, None], intrinsics, picture.shape[:2], supersample=1)
+    drawn = draw_outline(picture, views.instances[0] >= 0, colour, max(1, len(picture) // 240))
+    return draw_axes(drawn, pose, intrinsics, 0.5 * float(mesh.extents.max()))
 
 
 def draw_correspondences(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import trimesh
 
 from evaluation.vpog.drawing import (
     AXIS_COLOURS,
@@ -11,6 +12,7 @@ from evaluation.vpog.drawing import (
     draw_axes,
     draw_correspondences,
     draw_histogram,
+    draw_model,
     draw_outline,
     flow_to_rgb,
     join_patches,
@@ -39,6 +41,18 @@ def test_axes_start_at_the_projected_origin():
     assert green[21:41, 30].all()
     pose[2, 3] = -1.0
     assert not draw_axes(BLACK, pose, intrinsics, 0.4).any()
+
+
+def test_a_model_is_drawn_where_its_pose_puts_it():
+    intrinsics = np.array([[100.0, 0, 40], [0, 100, 30], [0, 0, 1]])
+    pose = np.eye(4)
+    pose[:3, 3] = 0.0, 0.0, 1.0
+    drawn = draw_model(BLACK, trimesh.creation.box((0.2, 0.1, 0.001)), pose, intrinsics, (255, 0, 0))
+    outline = (drawn == (255, 0, 0)).all(-1)
+    rows, columns = np.nonzero(outline)
+    assert (columns.min(), columns.max()) == pytest.approx((29, 51), abs=1)
+    assert (rows.min(), rows.max()) == pytest.approx((24, 36), abs=1)
+    assert (drawn[30, 41:49] == AXIS_COLOURS[0]).all()
 
 
 def test_correspondences_join_the_two_pictures():

@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from vpog_scenes import BOX, HALF_TURN, OBJECT, SIZE, K, make_dataset, make_meshes
+from vpog_scenes import BOX, HALF_TURN, OBJECT, SIZE, make_dataset, make_meshes
 
 from backlot.command_line import EXIT_INPUT
 from data_prep.bop.dataset import PoseDataset
@@ -51,7 +51,7 @@ KEYS = {
 
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory) -> BopDataset:
-    root = make_dataset(tmp_path_factory.mktemp("bop"))
+    root = make_dataset(tmp_path_factory.mktemp("bop"), count=1)
     (root / "templates").mkdir()
     for object_id, mesh in make_meshes().items():
         render_template_set(mesh, object_id, views=42, size=SIDE).save(template_path(root / "templates", object_id))
@@ -102,7 +102,7 @@ def solve_labels(dataset: BopDataset, use_flow: bool) -> list[PoseEstimate]:
             flow,
             torch.where(visible, 0.01, 10.0),
             batch["template_depth"][0],
-            labels.object_points[0],
+            labels.object_points[0].double(),
             (classes >= 0).any(0),
         )
         frame = batch["poses"][0, 1].double()
@@ -123,20 +123,17 @@ def test_true_labels_have_an_ar_of_one(dataset):
 
 
 def test_every_key_of_the_report_is_there_and_nothing_else(pipeline, protocol, tmp_path):
-    measured = measure(pipeline, protocol, num_turned=2, num_patch_samples=4)
+    measured = measure(pipeline, protocol, num_turned=1, num_patch_samples=2)
     figures = summarise(measured)
     assert figures.keys() == KEYS
     json.dumps(figures, allow_nan=False)
     assert figures["in_plane"]["by_turn"].keys() == {"-135", "-90", "-45", "0", "45", "90", "135", "180"}
     assert figures["nearest_template"].keys() == figures["class_only"].keys() == {"median_rotation_deg"}
-    assert len(measured.answers) == len(measured.view_errors) == 6
+    assert len(measured.answers) == len(measured.view_errors) == 3
     best = best_of(measured.hypotheses)
     assert best["1"] == figures["median_rotation_deg"] >= best["2"]
     # an untrained network is no better than chance, and the nearest template is
     assert figures["nearest_template"]["median_rotation_deg"] < figures["median_rotation_deg"]
-    again = summarise(measure(pipeline, protocol, num_turned=2, num_patch_samples=4))
-    del figures["seconds_per_object"], again["seconds_per_object"]
-    assert figures == again
 
 
 def test_the_nearest_template_is_seen_from_about_the_same_side(dataset, protocol):
@@ -152,7 +149,9 @@ def test_the_nearest_template_is_seen_from_about_the_same_side(dataset, protocol
         known = truths[row.im_id, row.obj_id]
         truth = min(known, key=lambda truth: np.linalg.norm(truth[:3, 3] - pose[:3, 3]))
         assert view_error(direction, truth, model.symmetries) < 21
-        assert pose_error(pose, truth, model.symmetries)[1] < 0.6 * model.diameter
+        rays = pose[:3, 3] / np.linalg.norm(pose[:3, 3]), truth[:3, 3] / np.linalg.norm(truth[:3, 3])
+        assert np.degrees(np.arccos(np.dot(*rays))) < 2.5
+        assert pose[2, 3] == pytest.approx(truth[2, 3], rel=0.3)  # turned in the picture, it has another box
 
 
 def test_turned_pictures_show_the_turned_pose(dataset, protocol):
@@ -187,11 +186,17 @@ def test_answers_to_turned_pictures_are_turned_back(pipeline, protocol):
 def test_times_are_those_of_pictures(pipeline, protocol):
     answers = ask_all(pipeline, protocol, protocol.answering)
     rows = to_results(answers)
-    for im_id in (0, 1):
-        times = {row.time for row in rows if row.im_id == im_id}
-        spent = sum(each.seconds for each in answers if each.detection.im_id == im_id)
-        assert times == {pytest.approx(spent)}
-        assert len(times) == 1
+    assert len({row.time for row in rows}) == 1
+    assert rows[0].time == pytest.approx(sum(each.seconds for each in answers))
+
+
+def test_answers_are_a_function_of_the_seed(pipeline, protocol):
+    detections = protocol.detections[-1:]
+    first, second = (
+        to_results(ask_all(pipeline, protocol, protocol.answering, detections=detections)) for _ in range(2)
+    )
+    assert (first[0].camera_from_object == second[0].camera_from_object).all()
+    assert first[0].score == second[0].score
 
 
 def test_jitter_is_a_function_of_the_seed(dataset):
@@ -236,27 +241,37 @@ def test_detections_of_a_file(dataset, tmp_path):
         detected_mask(replace(first, rle={"size": SIZE}), dataset, DetectionSettings(), 0)
 
 
+def flat(figures) -> list[float]:
+    """All numbers, in order; NaN for what there is no figure of."""
+    if isinstance(figures, dict | list):
+        parts = figures.values() if isinstance(figures, dict) else figures
+        return [number for part in parts for number in flat(part)]
+    return [float("nan") if figures is None else figures]
+
+
 def test_predictions_are_scored_as_they_were_measured(pipeline, dataset, tmp_path, capsys):
     pipeline.save_pretrained(tmp_path / "model")
     path = tmp_path / "cnos.json"
     path.write_text(json.dumps([entry(each, dataset) for each in find_targets(dataset)]))
-    common = ["--model", str(tmp_path / "model"), "--dataset", str(dataset.root), "--num_templates", "6"]
+    common = ["--model", str(tmp_path / "model"), "--dataset", str(dataset.root), "--num_templates", "3"]
+    common += ["--num_hypotheses", "1"]
     results = tmp_path / "vpog_made-test.csv"
     main(["predict", *common, "--detections", str(path), "--out", str(results)])
-    assert len(read_results(results)) == 6
+    assert len(read_results(results)) == 3
     main(["measure", *common, "--num_turned", "0", "--num_patch_samples", "2", "--out", str(tmp_path / "out")])
     main(["score", str(tmp_path / "out" / "results.csv"), "--output", str(tmp_path / "figures.json")])
     scored = json.loads((tmp_path / "figures.json").read_text())
     measured = json.loads((tmp_path / "out" / "metrics.json").read_text())
     assert measured.keys() == KEYS
-    assert scored == {name: pytest.approx(measured[name]) if name in scored else None for name in scored}
+    assert len(scored) == 11
+    assert flat(scored) == pytest.approx(flat({name: measured[name] for name in scored}), nan_ok=True)
     assert "nearest template" in capsys.readouterr().out
 
 
 def test_patches_are_counted_on_jittered_queries(pipeline, protocol):
-    counts = measure_patches(pipeline, protocol, 6)
-    assert counts.seen > 50
-    assert counts.unseen > 50
+    counts = measure_patches(pipeline, protocol, 3)
+    assert counts.seen > 20
+    assert counts.unseen > 20
     assert 0 <= counts.exact <= counts.within_one <= counts.recalled <= counts.seen
 
 
@@ -306,4 +321,3 @@ def test_symmetric_poses_are_the_nearest_template_of_one_another(dataset, protoc
     for a, b in zip(first, second, strict=True):
         if a.obj_id == BOX:
             assert pose_error(a.camera_from_object, b.camera_from_object, symmetries)[0] < 1e-6
-    assert K.shape == (3, 3)
