@@ -26,8 +26,9 @@ from safetensors.numpy import save
 from scipy.spatial import ConvexHull
 from scipy.spatial.distance import pdist
 
+from backlot.bodies import Light
 from backlot.files import write_file
-from backlot.mesh_views import Backend, Light, render_views
+from backlot.mesh_views import Backend, render_views
 from backlot.views import look_at_poses, template_camera, view_directions
 
 FORMAT_VERSION = 1

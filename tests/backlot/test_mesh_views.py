@@ -15,7 +15,8 @@ from trimesh.visual import TextureVisuals
 from trimesh.visual.material import MultiMaterial, PBRMaterial, SimpleMaterial
 
 from backlot import gl_views
-from backlot.mesh_views import Light, instance_masks, is_solid, render_views
+from backlot.bodies import Light, is_solid
+from backlot.mesh_views import instance_masks, render_views
 from backlot.rendering import render_scene, to_bytes, to_linear, to_srgb
 from backlot.views import look_at_poses, template_camera, view_directions
 
