@@ -32,7 +32,7 @@ from evaluation.vpog.settings import Answering
 from pipelines.vpog import VPOGPipeline
 
 CONFIG = Path("configs/vpog/demo.yaml")
-PICTURES = SceneSettings(image_size=(160, 120), in_plane_degrees=30)
+PICTURES = SceneSettings(image_size=(160, 120), focal=(1.0, 1.8), in_plane_degrees=30)
 NUM_OBJECTS, NUM_IMAGES, NUM_UNSEEN, NUM_TEST_IMAGES, TEST_SEED = 40, 1500, 8, 60, 1
 VIEWS, SIZE = 42, 64
 ANSWERING = Answering(group_size=3, num_hypotheses=3)

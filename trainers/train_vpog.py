@@ -100,7 +100,9 @@ class VisualizationConfig(Section):
 
 
 class Config(RunConfig):
-    may_change: ClassVar[frozenset[str]] = frozenset({"validation", "visualization", "data.path", "data.templates", "data.validation"})
+    may_change: ClassVar[frozenset[str]] = frozenset(
+        {"validation", "visualization", "data.path", "data.templates", "data.validation"}
+    )
     aliases: ClassVar[dict[str, str]] = {  # the guide's names
         "max_epochs": "training.num_epochs",
         "batch_size": "training.train_batch_size",

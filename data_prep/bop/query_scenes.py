@@ -48,7 +48,6 @@ APART = 0.42  # of the sum of two diameters: how near their centres may be
 INSIDE = 0.85  # of an object: the least share of it within the picture
 LIFT = 0.004  # diameters between the floor and what stands on it
 ELEVATION, ROLL, YAW = (25.0, 75.0), 12.0, 40.0  # degrees: of the camera over the floor; of the room in the picture
-FOCAL = (1.0, 2.4)  # heights of the picture
 FLOOR, WALL, WALL_DISTANCE = 9.0, 12.0, (1.5, 4.0)  # diameters: half a side of the floor; height; beyond what is seen
 TEXTURE_SIZE, ROOM_DETAIL = 384, 2.5  # texels along floor and wall; how much finer than a backdrop's their patterns are
 NO_ROOM = 0.25  # share of scenes before a picture
@@ -67,6 +66,8 @@ class SceneSettings(Section):
     """least and greatest of a picture"""
     object_sizes: tuple[float, float] = (0.33, 0.6)
     """diameters of objects in heights of the picture, least and greatest"""
+    focal: tuple[float, float] = (1.0, 2.4)
+    """focal lengths in heights of the picture, least and greatest; longer ones stand further off"""
     in_plane_degrees: float = Field(180, ge=0, le=180)
     """greatest turn in the picture, either way, from the nearest of 42 views"""
     occluded_share: float = Field(0.45, ge=0, le=1)
@@ -85,7 +86,7 @@ class SceneSettings(Section):
     @model_validator(mode="after")
     def check(self) -> Self:
         """Ranges the right way round."""
-        for name in ("num_objects", "object_sizes", "hidden"):
+        for name in ("num_objects", "object_sizes", "focal", "hidden"):
             low, high = getattr(self, name)
             if not 0 <= low <= high:
                 raise ValueError(f"`{name}` must be a least and a greatest number, got {low} {high}")
@@ -376,7 +377,7 @@ def draw_plan(seed: int, number: int, image: int, scene: SceneDraft, settings: S
 def draw_stage(rng: np.random.Generator, scene: SceneDraft, size: float, settings: SceneSettings) -> Stage:
     """A camera that sees objects of mean diameter in `size` heights of the picture, and the room before it."""
     width, height = settings.image_size
-    focal = height * rng.uniform(*FOCAL)
+    focal = height * rng.uniform(*settings.focal)
     middle = (np.array([width, height]) - 1) / 2 + rng.uniform(-0.03, 0.03, 2) * height
     K = np.array([[focal, 0, middle[0]], [0, focal, middle[1]], [0, 0, 1]])
     distance = focal * float(np.mean([thing.diameter for thing in scene.things])) / (size * height)
