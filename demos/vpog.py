@@ -12,7 +12,6 @@ import time
 from pathlib import Path
 
 import torch
-from data_prep.bop.render_templates import render_all
 from diffusers.utils import logging as diffusers_logging
 from pydantic import Field
 
@@ -21,6 +20,7 @@ from backlot.loading import load_pipeline
 from data_prep.bop.format import BopDataset
 from data_prep.bop.models import read_models
 from data_prep.bop.query_scenes import SceneSettings, make_dataset
+from data_prep.bop.render_templates import render_all
 from data_prep.bop.results import write_results
 from demos import common
 from demos.vpog_figures import find_goals

@@ -2,6 +2,5 @@
 
 
 def pytest_addoption(parser):
-    parser.addoption(
-        "--real-data", default=None, metavar="DIR", help="split of BOP scenes, or folder of tar shards, beside its models"
-    )
+    what = "split of BOP scenes, or folder of tar shards, beside its models"
+    parser.addoption("--real-data", default=None, metavar="DIR", help=what)

@@ -1,4 +1,4 @@
-"""From a dataset on disk to a pose: what is read, rendered and labelled fits together, so that labels give the pose back.
+"""From a dataset on disk to a pose: what is read, rendered and labelled fits together: labels give the pose back.
 
 Without `--real-data` the dataset is a small drawn one.
 """
