@@ -36,7 +36,7 @@ PICTURES = SceneSettings(image_size=(160, 120), focal=(1.0, 1.8), in_plane_degre
 NUM_OBJECTS, NUM_IMAGES, NUM_UNSEEN, NUM_TEST_IMAGES, TEST_SEED = 40, 1500, 8, 60, 1
 VIEWS, SIZE = 42, 64
 ANSWERING = Answering(group_size=3, num_hypotheses=3)
-NUM_TARGETS, NUM_TURNED = 200, 16
+NUM_TARGETS, NUM_TURNED, NUM_TURNED_TEMPLATES = 150, 16, 64
 
 
 class Settings(common.DemoSettings):
@@ -62,6 +62,7 @@ def train(output_dir: Path, max_train_steps: int | None) -> None:
     arguments += ["--data.templates", str(output_dir / "train" / "templates")]
     if max_train_steps is not None:
         arguments += ["--training.max_train_steps", str(max_train_steps), "--training.lr_warmup_steps", "0"]
+        arguments += ["--training.lr_decay_steps", str(max_train_steps // 2)]
     common.train_on_two("train_vpog", CONFIG, *arguments)
 
 
@@ -89,7 +90,8 @@ def main(argv: list[str] | None = None) -> None:
     lap("train")
     pipeline = load_pipeline(VPOGPipeline, output_dir / "run", "cpu", "float32")
     protocol = open_protocol(output_dir)
-    measured: Measured = measure(pipeline, protocol, num_turned=NUM_TURNED, show_progress=True)
+    turns = {"num_turned": NUM_TURNED, "num_turned_templates": NUM_TURNED_TEMPLATES}
+    measured: Measured = measure(pipeline, protocol, **turns, show_progress=True)
     write_results(output_dir / "results.csv", to_results(measured.answers))
     write_note(output_dir / "results.csv", protocol.dataset, protocol.targets)
     metrics = summarise(measured)

@@ -335,6 +335,7 @@ def measure(
     protocol: Protocol,
     *,
     num_turned: int = 64,
+    num_turned_templates: int | None = None,
     num_patch_samples: int = 256,
     show_progress: bool = False,
 ) -> Measured:
@@ -342,6 +343,7 @@ def measure(
 
     Args:
         num_turned: detections that are also turned in the picture; 0 leaves it out.
+        num_turned_templates: how many of all turned templates the encoder leaves for the network then; None: all.
         num_patch_samples: queries whose patches are compared with labels.
 
     Raises:
@@ -369,7 +371,7 @@ def measure(
         view_errors=view_errors(protocol, answers),
     )
     if num_turned:
-        measured.turned = measure_turned(pipeline, protocol, num_turned, show_progress)
+        measured.turned = measure_turned(pipeline, protocol, num_turned, num_turned_templates, show_progress)
     return measured
 
 
@@ -391,7 +393,11 @@ def view_errors(protocol: Protocol, answers: Sequence[Answer]) -> np.ndarray:
 
 
 def measure_turned(
-    pipeline: VPOGPipeline, protocol: Protocol, count: int, show_progress: bool = False
+    pipeline: VPOGPipeline,
+    protocol: Protocol,
+    count: int,
+    num_templates: int | None = None,
+    show_progress: bool = False,
 ) -> dict[float, list[Errors]]:
     """Errors where pictures are turned by `TURNS` and so are the templates, of `count` detections with known masks."""
     known = {(each.frame.scene_id, each.frame.im_id, each.gt): each for each in protocol.targets}
@@ -401,7 +407,8 @@ def measure_turned(
         return {}
     chosen = [numbers[row] for row in np.linspace(0, len(numbers) - 1, min(count, len(numbers))).round().astype(int)]
     detections, targets = [protocol.detections[n] for n in chosen], [known[keys[n]] for n in chosen]
-    answering = protocol.answering.model_copy(update={"in_plane": "rotate_templates"})
+    changes = {"in_plane": "rotate_templates", "num_templates": num_templates or protocol.answering.num_templates}
+    answering = protocol.answering.model_copy(update=changes)
     answers = ask_all(pipeline, protocol, answering, detections=detections, turns=TURNS, show_progress=show_progress)
     return {
         turn_deg: compare(
