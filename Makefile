@@ -9,7 +9,7 @@ TORCH := $(shell sed -n 's/^torch==/torch==/p' constraints.txt)
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo demo-shadow demo-scene demo-layout test test-slow test-gpu lint clean
+.PHONY: help setup demo demo-shadow demo-scene demo-layout demo-vpog test test-slow test-gpu lint clean
 
 help:  ## list the commands
 	@sed -n 's/^\([a-z-]*\):.*##\(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -34,6 +34,9 @@ demo-scene: $(STAMP)  ## generate whole 3D scenes, with and without a view of on
 
 demo-layout: $(STAMP)  ## put objects into boxes and keep their identity, in three stages, write outputs/demo-layout/report.html (20 min)
 	$(BIN)/python -m demos.layout
+
+demo-vpog: $(STAMP)  ## find poses of unseen objects by templates of their meshes, write outputs/demo-vpog/report.html (15 min)
+	$(BIN)/python -m demos.vpog
 
 test: $(STAMP)  ## lint and the fast tests (CPU)
 	$(BIN)/ruff check .

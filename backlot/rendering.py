@@ -15,11 +15,11 @@ import numpy as np
 import trimesh
 from PIL import Image
 from scipy.ndimage import gaussian_filter
-from trimesh.visual.material import Material, MultiMaterial
+from trimesh.visual.material import Material, MultiMaterial, PBRMaterial
 
 NEAR = 1e-3  # metres; what is nearer to the camera is not seen
 SLACK = 1e-7  # pixels by which triangles are too large: rounding would leave gaps where they meet
-CHUNK = 2_000_000  # pixels of triangles looked at in one go: about 100 MB
+CHUNK = 16_384  # pixels of triangles looked at in one go: what the processor keeps close
 PALETTE = ("#4C78C8", "#E4873B", "#5BA467", "#C9504E", "#8C6BB8", "#D9B13B", "#3FA7A8", "#D983AC", "#8A6A52", "#7C8896")
 # The floor view sees the square [-1.3, 1.3]^2 of the floor, and what stands on it up to 1.2 m.
 ELEVATION, DISTANCE, FIELD_OF_VIEW = 40.0, 7.0, 28.2
@@ -110,9 +110,104 @@ class Rendering:
 
 
 @dataclass(frozen=True, eq=False)
+class Surface:
+    """What colour a mesh has at each of its points: linear `colors` (3 corners, 3, F) of its triangles, times, where
+    `texture` (F,) is not negative, that of `pictures[texture]` (H, W, 3) sRGB bytes at the places `uv` (3 corners, 2,
+    F); v points up, and the pictures repeat.
+    """
+
+    colors: np.ndarray
+    uv: np.ndarray
+    texture: np.ndarray
+    pictures: tuple[np.ndarray, ...] = ()
+
+    @classmethod
+    def of(cls, mesh: trimesh.Trimesh, color: Sequence[float]) -> Surface:
+        """Of a mesh's own textures or colours, or `color`, sRGB in [0, 1], where it has none."""
+        uv, visual, faces = texture_places(mesh), mesh.visual, np.asarray(mesh.faces)
+        texture, pictures = np.full(len(faces), -1), []
+        if uv is None:
+            own = mesh_colors(mesh)
+            tint = to_linear(np.asarray(color if own is None else own, np.float64))
+            colors = by_corner(np.broadcast_to(tint, mesh.vertices.shape), faces)
+            return cls(colors.astype(np.float32), np.zeros((3, 2, len(faces)), np.float32), texture)
+        colors = np.empty((3, 3, len(faces)), np.float32)
+        several = isinstance(visual.material, MultiMaterial)
+        materials = visual.material.materials if several else [visual.material]
+        number = np.asarray(visual.face_materials) if several else np.zeros(len(faces), int)
+        for n, material in enumerate(materials):
+            picture, tint = material_texture(material)
+            colors[..., number == n] = tint[:, None]
+            if picture is not None:
+                texture[number == n] = len(pictures)
+                pictures.append(picture)
+        return cls(colors, by_corner(uv, faces).astype(np.float32), texture, tuple(pictures))
+
+    def at(self, face: np.ndarray, weights: np.ndarray) -> np.ndarray:
+        """Linear colours (3, N) of points of triangles (N,) that weigh their corners so: (3, N)."""
+        colors = mix(weights, self.colors, face)
+        if not self.pictures:
+            return colors
+        place, texture = mix(weights, self.uv, face), self.texture[face]
+        for number, picture in enumerate(self.pictures):
+            some = np.flatnonzero(texture == number)
+            colors[:, some] *= bilinear(picture, place[:, some])
+        return colors
+
+
+def mix(weights: np.ndarray, corners: np.ndarray, face: np.ndarray) -> np.ndarray:
+    """Values (C, N) at points of triangles (N,), from those at the corners (3, C, F) and their weights (3, N)."""
+    return np.stack([sum(weights[k] * corners[k, c].take(face) for k in range(3)) for c in range(corners.shape[1])])
+
+
+def bilinear(picture: np.ndarray, uv: np.ndarray) -> np.ndarray:
+    """Linear colours (3, N) of sRGB bytes (H, W, 3) at places (2, N); texel (row, column) is at its square's centre."""
+    height, width = picture.shape[:2]
+    place = uv * np.array([[width], [-height]], uv.dtype) - 0.5
+    corner = np.floor(place)
+    share = (place - corner).astype(np.float32)
+    left, top = corner.astype(np.int64)
+    columns, rows = (left % width, (left + 1) % width), (top % height, (top + 1) % height)
+    flat, table = picture.reshape(-1, 3), linear_bytes()
+    parts = []
+    for row in rows:
+        one, other = (table.take(flat.take(row * width + column, axis=0).T) for column in columns)
+        parts.append(one + share[0] * (other - one))
+    return parts[0] + share[1] * (parts[1] - parts[0])
+
+
+@functools.cache
+def linear_bytes() -> np.ndarray:
+    """Linear light (256,) of sRGB bytes."""
+    return to_linear(np.arange(256) / 255).astype(np.float32)
+
+
+def texture_places(mesh: trimesh.Trimesh) -> np.ndarray | None:
+    """Where in its pictures a mesh's vertices lie, (V, 2); None if it has no picture, or no places."""
+    visual = mesh.visual
+    if not visual.defined or visual.kind != "texture" or visual.uv is None or len(visual.uv) != len(mesh.vertices):
+        return None
+    several = isinstance(visual.material, MultiMaterial)
+    materials = visual.material.materials if several else [visual.material]
+    return np.asarray(visual.uv) if any(material_texture(each)[0] is not None for each in materials) else None
+
+
+def material_texture(material: Material) -> tuple[np.ndarray | None, np.ndarray]:
+    """The picture of a material, sRGB bytes (H, W, 3), if it has one, and the linear colour (3,) that it is times."""
+    if isinstance(material, PBRMaterial):
+        picture, factor = material.baseColorTexture, material.baseColorFactor
+    else:
+        picture, factor = material.image, None  # many files give a picture and, by mistake, a black colour
+    if picture is None:
+        return None, to_linear(material_colors(material, None))
+    tint = np.ones(3) if factor is None else np.asarray(factor, np.float64)[:3] / 255
+    return np.asarray(picture.convert("RGB")), tint
+
+
+@dataclass(frozen=True, eq=False)
 class Soup:
     """The triangles of all meshes: `vertices` (V, 3) and their linear `colors` (V, 3), `faces` (F, 3), unit `normals`
-    (F, 3), and `owner` (F,) the number of the mesh.
+    (F, 3), and `owner` (F,) the number of the mesh; what has a texture has a surface, by its number, in `surfaces`.
     """
 
     vertices: np.ndarray
@@ -120,13 +215,16 @@ class Soup:
     faces: np.ndarray
     normals: np.ndarray
     owner: np.ndarray
+    surfaces: dict[int, Surface]
 
     @classmethod
     def of(cls, meshes: Sequence[trimesh.Trimesh], colors: Sequence) -> Soup:
         vertices, tints, faces = [np.zeros((0, 3))], [np.zeros((0, 3))], [np.zeros((0, 3), np.int64)]
+        surfaces = {number: color for number, color in enumerate(colors) if isinstance(color, Surface)}
         start = 0
         for number, (mesh, color) in enumerate(zip(meshes, colors, strict=True)):
-            points, tint = np.asarray(mesh.vertices, np.float64), np.asarray(color, np.float64)
+            points = np.asarray(mesh.vertices, np.float64)
+            tint = np.zeros(3) if number in surfaces else np.asarray(color, np.float64)
             if tint.shape not in ((3,), points.shape):
                 raise ValueError(f"color {number} has the shape {tint.shape}, it must be (3,) or {points.shape}")
             vertices.append(points)
@@ -138,7 +236,14 @@ class Soup:
         a, b, c = by_corner(vertices, faces)
         normals = cross(b - a, c - a)
         normals /= np.maximum(np.sqrt((normals * normals).sum(0)), 1e-300)
-        return cls(vertices, tints, faces, normals.T, owner)
+        return cls(vertices, tints, faces, normals.T, owner, surfaces)
+
+    def textured(self, albedo: np.ndarray, face: np.ndarray, weights: np.ndarray) -> np.ndarray:
+        """`albedo` (N, 3) of points of triangles (N,) with weights (N, 3), where a mesh has a surface that of it."""
+        for number, surface in self.surfaces.items():
+            mine = np.flatnonzero(self.owner[face] == number)
+            albedo[mine] = surface.at(face[mine] - np.searchsorted(self.owner, number), weights[mine].T).T
+        return albedo
 
 
 @dataclass(frozen=True, eq=False)
@@ -162,7 +267,7 @@ def render(
 
     Args:
         meshes: in scene coordinates; both sides of a triangle are seen.
-        colors: of each mesh, sRGB in [0, 1]: (3,), or (V, 3) for its vertices.
+        colors: of each mesh, sRGB in [0, 1]: (3,), or (V, 3) for its vertices; or its `Surface`, with its textures.
         size: pixels of a side.
         supersample: the colours are averages of this many squared rays; all else is of the pixel's centre.
         floor: whether there is one; it hides what is below it.
@@ -205,7 +310,7 @@ def render_scene(scene: trimesh.Scene, size: int = 384, view: str = "front", sup
             continue
         vertices = mesh.vertices @ scene_from_mesh[:3, :3].T + scene_from_mesh[:3, 3]
         meshes.append(trimesh.Trimesh(vertices, mesh.faces, process=False))
-        own = mesh_colors(mesh)
+        own = Surface.of(mesh, (0, 0, 0)) if texture_places(mesh) is not None else mesh_colors(mesh)
         colors.append(object_color(number) if own is None else own)
     scale = view_scale(meshes)
     camera = Camera.floor_view(scale) if view == "front" else Camera.top_view(scale)
@@ -275,8 +380,13 @@ def edge_functions(corners: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return lines * np.sign(determinant), np.abs(determinant)
 
 
-def in_picture(corners: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """Which triangles (3, 3, F) may cover pixels of a square picture, and their bounds.
+def sides(size: int | tuple[int, int]) -> tuple[int, int]:
+    """Height and width: the side of a square picture stands for both."""
+    return (size, size) if isinstance(size, int) else size
+
+
+def in_picture(corners: np.ndarray, size: int | tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """Which triangles (3, 3, F) may cover pixels of a picture, a side or (height, width), and their bounds.
 
     Returns:
         Numbers (K,) of triangles; first column and row, last column and row (4, K) whole numbers.
@@ -286,8 +396,10 @@ def in_picture(corners: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray]:
         flat = corners[:, :2] / depth[:, None]
     bounds = np.concatenate([np.ceil(least(flat) - SLACK), np.floor(SLACK - least(-flat))])
     bounds[:2, least(depth) < NEAR] = 0
-    bounds[2:, least(depth) < NEAR] = size - 1
-    bounds[:2], bounds[2:] = np.maximum(bounds[:2], 0), np.minimum(bounds[2:], size - 1)
+    height, width = sides(size)
+    last = np.array([[width - 1], [height - 1]])
+    bounds[2:] = np.where(least(depth) < NEAR, last, bounds[2:])
+    bounds[:2], bounds[2:] = np.maximum(bounds[:2], 0), np.minimum(bounds[2:], last)
     kept = np.flatnonzero((bounds[0] <= bounds[2]) & (bounds[1] <= bounds[3]) & (-least(-depth) >= NEAR))
     return kept, bounds[:, kept].astype(np.int64)
 
@@ -332,23 +444,27 @@ def runs(first: np.ndarray, length: np.ndarray) -> tuple[np.ndarray, np.ndarray]
     return which, np.arange(len(which)) - (np.cumsum(length) - length - first)[which]
 
 
-def z_buffer(corners: np.ndarray, nearness: np.ndarray | None, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """The greatest nearness at each pixel (size * size,), -inf where none, and the triangle it is of, -1 where none.
+def z_buffer(
+    corners: np.ndarray, nearness: np.ndarray | None, size: int | tuple[int, int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """The greatest nearness at each pixel, row by row, -inf where none, and the triangle it is of, -1 where none.
 
     Args:
         corners: (3, 3, F) as (x w, y w, w).
         nearness: (3, F) at the corners where all w are 1; without it 1 / w, in perspective 1 / depth.
+        size: pixels of a side of a square picture, or (height, width).
     """
+    height, width = sides(size)
     kept, bounds = in_picture(corners, size)
     lines, determinant = edge_functions(corners[..., kept])
     with np.errstate(divide="ignore", invalid="ignore"):
         plane = (lines if nearness is None else nearness[:, None, kept] * lines).sum(0) / determinant
-    best, face = np.full(size * size, -np.inf), np.full(size * size, -1)
+    best, face = np.full(height * width, -np.inf), np.full(height * width, -1)
     for which, column, row in fragments(lines, bounds):
         near = plane[0][which] * column + plane[1][which] * row + plane[2][which]
         if nearness is None:
             near[near > 1 / NEAR] = -np.inf
-        pixel = row * size + column
+        pixel = row * width + column
         np.maximum.at(best, pixel, near)
         winners = np.flatnonzero((near == best[pixel]) & (near > -np.inf))
         face[pixel[winners]] = kept[which[winners]]
@@ -394,20 +510,20 @@ def shade(soup: Soup, camera: Camera, hits: Hits, ground: np.ndarray, rays: np.n
     bodies, floor = hits.face >= 0, (hits.face < 0) & np.isfinite(ground)
     face, towards = hits.face[bodies], rays[bodies]
     albedo, normals = soup.colors[soup.faces[face, 0]], soup.normals[face]
+    weights = corner_weights(soup, camera, hits) if shadows or soup.surfaces else None
     away = ((normals * towards).sum(1) > 0)[:, None]
     normals = np.where(away, -normals, normals)
     floor_points = eye + ground[floor][:, None] * rays[floor]
     if shadows and len(face):
-        weights = corner_weights(soup, camera, hits)[..., None]
-        albedo = (weights * soup.colors[soup.faces[face]]).sum(1)
-        curved = (weights * corner_normals(soup)[face]).sum(1)
+        albedo = soup.textured((weights[..., None] * soup.colors[soup.faces[face]]).sum(1), face, weights)
+        curved = (weights[..., None] * corner_normals(soup)[face]).sum(1)
         curved /= np.maximum(np.sqrt((curved * curved).sum(1)), 1e-9)[:, None]
         studio = Studio(soup)
         points = eye + hits.depth[bodies][:, None] * towards
         light[bodies] = albedo * studio.on_surfaces(points, normals, np.where(away, -curved, curved))[:, None]
         lit = studio.on_floor(floor_points)
     else:
-        light[bodies] = albedo * plain_light(normals)[:, None]
+        light[bodies] = soup.textured(albedo, face, weights) * plain_light(normals)[:, None]
         lit = np.full(len(floor_points), OPEN)
     # The floor runs into the backdrop, there is no horizon.
     reach = np.hypot(floor_points[:, 0], floor_points[:, 1])[:, None] / np.sqrt((eye * eye).sum())
@@ -494,17 +610,7 @@ class Studio:
         for direction, strength in lamps():
             lit = curved @ direction
             some = np.flatnonzero(lit > 0)
-            axes = np.stack([*across(direction), direction])
-            axes[:2] /= texel
-            place = axes @ (self.corners - centre[:, None])
-            height = place[:, 2].copy()
-            place[:, :2] += (MAP_SIZE - 1) / 2
-            place[:, 2] = 1
-            nearest, _ = z_buffer(place, height, MAP_SIZE)
-            column, row, height = axes @ points[some].T
-            column += (MAP_SIZE - 1) / 2
-            row += (MAP_SIZE - 1) / 2
-            seen = sum(weight * (nearest[pixel] <= height) for pixel, weight in neighbours(column, row, MAP_SIZE))
+            seen = seen_from(direction, self.corners - centre[:, None], points[some], texel, MAP_SIZE)
             result[some] += strength * lit[some] * seen
         return result
 
@@ -534,6 +640,27 @@ class Studio:
         light = np.full(len(points), OPEN)
         light[near] -= there * smooth_step((1 - edge) * 4)
         return light
+
+
+def seen_from(direction: np.ndarray, corners: np.ndarray, points: np.ndarray, texel: float, size: int) -> np.ndarray:
+    """How much of the light of a far lamp reaches points (N, 3) past triangles (3, 3, F), in [0, 1], by a shadow map.
+
+    Args:
+        direction: towards the lamp, a unit vector.
+        corners, points: about the middle of the map, which must hold them.
+        texel, size: of the square map: the side of a pixel, and pixels of a side.
+    """
+    axes = np.stack([*across(direction), direction])
+    axes[:2] /= texel
+    place = axes @ corners
+    height = place[:, 2].copy()
+    place[:, :2] += (size - 1) / 2
+    place[:, 2] = 1
+    nearest, _ = z_buffer(place, height, size)
+    column, row, height = axes @ points.T
+    column += (size - 1) / 2
+    row += (size - 1) / 2
+    return sum(weight * (nearest[pixel] <= height) for pixel, weight in neighbours(column, row, size))
 
 
 def across(direction: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
