@@ -84,7 +84,7 @@ def to_pixels(values: torch.Tensor) -> np.ndarray:
 def cut_out(protocol: Protocol, answer: Answer) -> tuple[np.ndarray, np.ndarray]:
     """The crop of an answer, enlarged to SIDE pixels, and its camera."""
     frame = protocol.frames[answer.detection.scene_id, answer.detection.im_id]
-    rgb = torch.from_numpy(protocol.dataset.rgb(frame).copy()).permute(2, 0, 1)[None].float()
+    rgb = torch.from_numpy(protocol.dataset.rgb(frame.scene_id, frame.im_id).copy()).permute(2, 0, 1)[None].float()
     size = crop_side(protocol, answer)
     factor = SIDE / size
     enlarged = np.array([[factor, 0, (factor - 1) / 2], [0, factor, (factor - 1) / 2], [0, 0, 1]])
@@ -170,7 +170,7 @@ def show_pictures(protocol: Protocol, measured: Measured, count: int = 6, column
     cells = []
     for key in chosen:
         frame, factor = protocol.frames[key], 2
-        picture = Image.fromarray(protocol.dataset.rgb(frame))
+        picture = Image.fromarray(protocol.dataset.rgb(frame.scene_id, frame.im_id))
         picture = np.asarray(
             picture.resize((picture.width * factor, picture.height * factor), Image.Resampling.BICUBIC)
         )

@@ -63,7 +63,7 @@ class SourceConfig(Section):
 class DataConfig(SourceConfig):
     second: SourceConfig | None = None
     """Another source to train on beside `path`; the guide's are GSO and ShapeNet."""
-    train_dataset_id: Literal[0, 1, 2] = 0
+    train_dataset_id: int = Field(0, ge=0, le=2)
     """0: the first source alone (GSO), 1: the second (ShapeNet), 2: both by their weights."""
     validation: SourceConfig | None = None
     """Split of BOP scenes on which poses are measured; null: no validation."""
@@ -86,7 +86,7 @@ class DataConfig(SourceConfig):
 
 class ValidationConfig(Section):
     validation_steps: int | None = Field(10_000, gt=0)
-    """Losses and poses of unseen objects every so many updates; null for never."""
+    """Losses and poses every so many updates; null for never."""
     num_samples: int = Field(64, gt=0)
     """Objects in pictures, always the same, with the same masks."""
 
@@ -176,11 +176,9 @@ def validate(model, run: common.TrainingRun, config: Config, pipeline, held_out:
         for name, pair in (metrics | {"loss": torch.stack([loss, loss.new_tensor(count)])}).items():
             pairs[name] = pairs.get(name, 0) + pair
     scalars = {name: float(total / count.clamp(min=1)) for name, (total, count) in pairs.items()}
-    answers = evaluation.ask_all(pipeline, protocol, protocol.answering)
-    rows = evaluation.to_results(answers)
+    rows = evaluation.to_results(evaluation.ask_all(pipeline, protocol, protocol.answering))
     errors = evaluation.compare(protocol.dataset, protocol.models, protocol.targets, rows, with_vsd=False)
-    scalars |= evaluation.pose_scalars(errors)
-    return scalars, {"matches": evaluation.draw_batch(*seen, max_samples=8)}
+    return scalars | evaluation.pose_scalars(errors), {"matches": evaluation.draw_batch(*seen, max_samples=8)}
 
 
 def open_data(config: Config, image_size: int, quarantine):

@@ -5,9 +5,9 @@ from __future__ import annotations
 from backlot.command_line import run_command
 
 COMMANDS = {
-    "measure": ("evaluation.vpog.report:main", "all figures of a pipeline, beside simpler answers: metrics.json"),
-    "predict": ("evaluation.vpog.predict:main", "poses of a BOP dataset's objects as csv"),
-    "score": ("evaluation.vpog.score:main", "what a csv file of poses is worth"),
+    "measure": ("evaluation.vpog.commands:measure", "all figures of a pipeline, beside simpler answers: metrics.json"),
+    "predict": ("evaluation.vpog.commands:predict", "poses of a BOP dataset's objects as csv"),
+    "score": ("evaluation.vpog.commands:score", "what a csv file of poses is worth"),
 }
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from backlot.command_line import fail, input_errors, parse
+from backlot.command_line import fail, input_errors
 from backlot.loading import load_pipeline
 from data_prep.bop.format import BopDataset
 from data_prep.bop.results import write_results
@@ -13,14 +11,6 @@ from evaluation.vpog.measure import Protocol, ask_all, to_results
 from evaluation.vpog.score import write_note
 from evaluation.vpog.settings import DatasetSettings, PredictSettings
 from pipelines.vpog.pipeline import VPOGPipeline
-
-DESCRIPTION = """Estimate the poses of the objects of a BOP dataset and write them as the BOP challenge takes them.
-
-python -m evaluation.vpog predict --dataset data/ycbv --detections cnos.json --out vpog_ycbv-test.csv
-
-Without --detections the true masks are taken, jittered as a detector's are. Beside the csv lies a JSON file that notes
-the dataset, so that `python -m evaluation.vpog score` finds it.
-"""
 
 
 def open_protocol(settings: DatasetSettings) -> Protocol:
@@ -52,8 +42,8 @@ def open_pipeline(settings: DatasetSettings) -> VPOGPipeline:
     return pipeline
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    settings = parse(PredictSettings, argv, "python -m evaluation.vpog predict", DESCRIPTION)
+def run(settings: PredictSettings) -> None:
+    """The command."""
     if settings.out.suffix != ".csv":
         fail(f"--out {settings.out}: must end in .csv")
     with input_errors():

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from backlot.command_line import input_errors, parse
+from backlot.command_line import input_errors
 from data_prep.bop.results import write_results
 from evaluation.table import format_table, write_json
 from evaluation.vpog.errors import pose_figures
@@ -13,13 +11,6 @@ from evaluation.vpog.predict import open_pipeline, open_protocol
 from evaluation.vpog.score import COLUMNS, cell, pose_cells, show_poses, write_note
 from evaluation.vpog.settings import MeasureSettings
 
-DESCRIPTION = """Measure a pipeline on the scenes of a BOP dataset whose poses are known.
-
-python -m evaluation.vpog measure --model outputs/vpog --dataset data/unseen --out outputs/vpog/evaluation
-
-Its poses are compared with those of the nearest template and of patch classes without flow, with a second pass, and
-with turns in the picture; patches with their labels. Written are metrics.json, results.csv and what `score` needs.
-"""
 ANSWERS = {
     "errors": "pipeline",
     "second_pass": "with a second pass",
@@ -44,8 +35,8 @@ def show(measured: Measured) -> None:
         print(f"rotation error when turned in the picture, deg: {turns}")
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    settings = parse(MeasureSettings, argv, "python -m evaluation.vpog measure", DESCRIPTION)
+def run(settings: MeasureSettings) -> None:
+    """The command."""
     with input_errors():
         settings.out.mkdir(parents=True, exist_ok=True)
         protocol = open_protocol(settings)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pydantic import TypeAdapter
 
-from backlot.command_line import fail, input_errors, parse
+from backlot.command_line import fail, input_errors
 from backlot.files import write_file
 from backlot.metadata import Metadata
 from data_prep.bop.format import BopDataset, read_json
@@ -18,14 +18,6 @@ from evaluation.table import format_table, write_json
 from evaluation.vpog.detections import Target, find_targets
 from evaluation.vpog.errors import Errors, add_figures, compare, pose_figures
 from evaluation.vpog.settings import ScoreSettings
-
-DESCRIPTION = """Hold a csv file of poses against a BOP dataset: MSSD, MSPD, VSD, ADD(-S), AR.
-
-python -m evaluation.vpog score results.csv
-python -m evaluation.vpog score vpog_ycbv-test.csv --dataset data/ycbv --output figures.json
-
-Definitions: evaluation/vpog/metrics.py; figures: `pose_figures` in evaluation/vpog/errors.py
-"""
 
 COLUMNS = ("rotation, deg", "translation, d", "< 5 deg", "< 10 deg", "< 20 deg", "MSSD .1 d", "MSSD .2 d", "8/64 px")
 
@@ -125,8 +117,8 @@ def show_poses(errors: Sequence[Errors]) -> None:
     )
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    settings = parse(ScoreSettings, argv, "python -m evaluation.vpog score", DESCRIPTION)
+def run(settings: ScoreSettings) -> None:
+    """The command."""
     if settings.output is not None and settings.output.is_dir():
         fail(f"--output: {settings.output} is a folder")
     with input_errors():

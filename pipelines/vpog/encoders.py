@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import pickle
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -197,7 +196,7 @@ def read_croco(path: Path) -> PretrainedEncoder:
         raise ValueError(f"{path} does not exist; CroCo v2's weights are at github.com/naver/croco")
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except (torch.serialization.pickle.UnpicklingError, RuntimeError, EOFError) as error:  # what torch.load raises
         raise ValueError(f"{path} is no file of weights alone: {str(error).splitlines()[0]}") from error
     if not isinstance(checkpoint, dict) or "model" not in checkpoint:
         raise ValueError(f"{path} is no CroCo checkpoint: it has no `model`")
