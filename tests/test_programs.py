@@ -28,6 +28,21 @@ HEAVY = find_programs("benchmarks", "demos")
 WITH_COMMANDS = {program.split()[0] for program in LIGHT if " " in program}
 
 
+@pytest.fixture(autouse=True)
+def _quiet_libraries(monkeypatch):
+    """transformers warns through a handler that the test which loaded it first has closed."""
+    monkeypatch.setenv("TRANSFORMERS_VERBOSITY", "error")
+    if "transformers" in sys.modules:
+        from transformers.utils import logging
+
+        before = logging.get_verbosity()
+        logging.set_verbosity_error()
+        yield
+        logging.set_verbosity(before)
+    else:
+        yield
+
+
 def run(program: str, *arguments: str) -> int:
     """A program in this process; its exit code."""
     name, *command = program.split()
