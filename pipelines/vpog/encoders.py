@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import pickle
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -177,21 +178,27 @@ def read_encoder(source: str | Path) -> PretrainedEncoder:
     """Read the weights of a published encoder; float32, on the host.
 
     Args:
-        source: a CroCo v2 checkpoint (a file), or folder or hub name of a DINO model. CroCo is never downloaded.
+        source: a CroCo v2 checkpoint (a file `*.pth`), or folder or hub name of a DINO model.
 
     Raises:
-        ValueError: `source` is nothing of this.
+        ValueError: `source` is nothing of this. CroCo is never downloaded.
     """
-    return read_croco(Path(source)) if Path(source).is_file() else read_dino(str(source))
+    path = Path(source)
+    return read_croco(path) if path.suffix == ".pth" or path.is_file() else read_dino(str(source))
 
 
 def read_croco(path: Path) -> PretrainedEncoder:
     """The encoder of a CroCo v2 checkpoint, as its authors publish it. What only its decoder needs is left out.
 
     Raises:
-        ValueError: it is no CroCo checkpoint, or of the first version, whose positions are other ones.
+        ValueError: it is missing, no CroCo checkpoint, or of the first version, whose positions are other ones.
     """
-    checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    if not path.is_file():
+        raise ValueError(f"{path} does not exist; CroCo v2's weights are at github.com/naver/croco")
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(f"{path} is no file of weights alone: {str(error).splitlines()[0]}") from error
     if not isinstance(checkpoint, dict) or "model" not in checkpoint:
         raise ValueError(f"{path} is no CroCo checkpoint: it has no `model`")
     settings = checkpoint.get("croco_kwargs", {})

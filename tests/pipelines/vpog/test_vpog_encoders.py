@@ -1,7 +1,6 @@
 """Encoders: CroCo v2's weights in our own transformer, and the DINO family through transformers."""
 
 import logging
-import pickle
 
 import pytest
 import torch
@@ -116,9 +115,19 @@ def test_other_checkpoints_are_refused(tmp_path, change, message):
         read_encoder(path)
 
 
-def test_a_checkpoint_cannot_run_code(tmp_path):
-    torch.save({"model": CLIPVisionConfig()}, tmp_path / "croco.pth")
-    with pytest.raises(pickle.UnpicklingError, match="Weights only load failed"):
+@pytest.mark.parametrize("content", [{"model": CLIPVisionConfig()}, None])
+def test_only_weights_are_read(tmp_path, content):
+    """Neither objects, whose reading runs code, nor a damaged file."""
+    path = tmp_path / "croco.pth"
+    torch.save(content, path)
+    if content is None:
+        path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(ValueError, match=r"croco\.pth is no file of weights alone: "):
+        read_encoder(path)
+
+
+def test_a_missing_checkpoint_is_not_looked_for_elsewhere(tmp_path):
+    with pytest.raises(ValueError, match=r"croco\.pth does not exist; CroCo v2's weights are at"):
         read_encoder(tmp_path / "croco.pth")
 
 
