@@ -74,8 +74,9 @@ def test_gradient_and_curvature_are_those_of_the_cost():
     cost, _, gradient = linearise(problem, rows)
     torch.testing.assert_close(gradient, expected)
     torch.testing.assert_close(cost, pose_cost(problem, rows))
-    exact = problem._replace(x2d=project(data["K"], transform(data["pose"], data["x3d"])))
-    _, jtj, gradient = linearise(exact, move(to_rows(data["pose"]), step))
+    truth = to_rows(data["pose"])
+    exact = problem._replace(x2d=project(data["K"], transform(to_matrices(truth), data["x3d"])))
+    _, jtj, gradient = linearise(exact, move(truth, step))  # without residuals J^T J is the whole Hessian
     hessian = [torch.autograd.grad(gradient[:, k].sum(), step, retain_graph=True)[0] for k in range(6)]
     torch.testing.assert_close(jtj, torch.stack(hessian, dim=1))
 
