@@ -16,10 +16,12 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from backlot.bodies import Body, Light, finer
+from backlot.rendering import NEAR, linear_bytes
+
 if TYPE_CHECKING:
     import moderngl
 
-    from backlot.mesh_views import Body, Light
 
 NEAR_SHARE, FAR_SHARE = 0.9, 1.1  # of the nearest and the farthest depth there is
 ATTRIBUTES = ("position", "normal", "curved", "color", "uv")
@@ -128,8 +130,6 @@ class GLDrawer:
 
     def upload_picture(self, picture: np.ndarray) -> moderngl.Texture:
         """A texture that gives linear light of sRGB bytes (H, W, 3), mixed between texels as the z-buffer does."""
-        from backlot.rendering import linear_bytes
-
         height, width = picture.shape[:2]
         light = linear_bytes()[picture]
         texture = self.context.texture((width, height), 3, light.tobytes(), dtype="f4")
@@ -154,9 +154,6 @@ class GLDrawer:
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         """One view, as `backlot.mesh_views.ZBufferDrawer` gives it."""
         depths = [body.vertices @ pose[2, :3] + pose[2, 3] for body, pose in zip(self.bodies, poses, strict=True)]
-        from backlot.mesh_views import finer
-        from backlot.rendering import NEAR
-
         near = max(NEAR, NEAR_SHARE * min(each.min() for each in depths))
         far = max(FAR_SHARE * max(each.max() for each in depths), 2 * near)
         drawn = {}

@@ -20,9 +20,10 @@ from PIL import Image
 from pydantic import Field
 
 from backlot import gl_views
+from backlot.bodies import Body, Light
 from backlot.command_line import parse
 from backlot.config import Section
-from backlot.mesh_views import Body, Light, choose_backend, develop
+from backlot.mesh_views import choose_backend, develop
 from backlot.views import look_at_poses, template_camera, view_directions
 
 RADIUS = 0.1

@@ -16,7 +16,6 @@ from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import safetensors
 from tqdm import tqdm
 
 from backlot.files import LockedError, file_sha256, json_sha256, lock, read_json, write_json
@@ -31,7 +30,7 @@ from data_prep.bop.models import (
     read_mesh,
     read_models,
 )
-from pipelines.vpog.templates import FORMAT_VERSION, render_template_set, template_path
+from pipelines.vpog.templates import FORMAT_VERSION, render_template_set, stored_hash, template_path
 
 TEMPLATES_NAME, LOCK_NAME = "templates.json", ".lock"
 LISTS = (MODELS_INFO_NAME, *ID_MAPS)
@@ -169,10 +168,8 @@ def is_kept(out: Path, model: ModelInfo, digest: str, overwrite: bool) -> bool:
     path = template_path(out, model.object_id)
     if not path.is_file() or overwrite:
         return False
-    try:
-        with safetensors.safe_open(path, "numpy") as file:
-            before = (file.metadata() or {}).get("mesh_hash")
-    except safetensors.SafetensorError:
+    before = stored_hash(path)
+    if before is None:
         return False  # damaged: it is made again
     if before != digest:
         raise ValueError(

@@ -2,7 +2,8 @@
 
 A set is one file, `<object id, six digits>.safetensors`: `rgba` (T, H, W, 4) uint8 whose alpha is 255 on the object and
 0 elsewhere, `depth` (T, H, W) uint16 times `depth_scale` metres, 0 where there is nothing, `camera_from_object`
-(T, 4, 4) and `K` (3, 3) float64; `object_id`, `diameter`, `depth_scale`, `mesh_hash` and `format_version` as metadata.
+(T, 4, 4) and `K` (3, 3) float64; its metadata has, as JSON under `templates`, `object_id`, `diameter`, `depth_scale`,
+`mesh_hash` and `format_version`.
 The folder of pictures of other tools is read and written too, see `save_png_folder`.
 """
 
@@ -25,11 +26,13 @@ from safetensors.numpy import save
 from scipy.spatial import ConvexHull
 from scipy.spatial.distance import pdist
 
+from backlot.bodies import Light
 from backlot.files import write_file
-from backlot.mesh_views import Backend, Light, render_views
+from backlot.mesh_views import Backend, render_views
 from backlot.views import look_at_poses, template_camera, view_directions
 
 FORMAT_VERSION = 1
+METADATA_KEY = "templates"  # one entry: several would be stored in any order
 DEPTH_STEPS = 65_535
 PNG_DEPTH_SCALE = 1e-4
 """Metres of a step of the depth pictures: tenths of a millimetre, up to 6.5 m."""
@@ -114,7 +117,7 @@ class TemplateSet:
             "mesh_hash": self.mesh_hash,
         }
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_file(path, save(tensors, {name: str(value) for name, value in metadata.items()}))
+        write_file(path, save(tensors, {METADATA_KEY: json.dumps(metadata)}))
 
     @classmethod
     def load(cls, path: Path, indices: Sequence[int] | None = None) -> TemplateSet:
@@ -131,10 +134,9 @@ class TemplateSet:
             )
         try:
             with safetensors.safe_open(path, "numpy") as file:
-                metadata = file.metadata() or {}
-                version = metadata.get("format_version")
-                if version != str(FORMAT_VERSION):
-                    raise ValueError(f"{path} is no file of templates of format {FORMAT_VERSION}, but of {version}")
+                metadata = json.loads((file.metadata() or {}).get(METADATA_KEY, "{}"))
+                if metadata.get("format_version") != FORMAT_VERSION:
+                    raise ValueError(f"{path} holds no templates of format {FORMAT_VERSION}")
                 names = ("rgba", "depth", "camera_from_object")
                 if indices is None:
                     rgba, depth, poses = (file.get_tensor(name) for name in names)
@@ -149,8 +151,8 @@ class TemplateSet:
             metres,
             poses,
             intrinsics,
-            float(metadata["diameter"]),
-            int(metadata["object_id"]),
+            metadata["diameter"],
+            metadata["object_id"],
             metadata["mesh_hash"],
         )
 
@@ -206,6 +208,15 @@ class TemplateSet:
 def template_path(folder: Path, object_id: int) -> Path:
     """Where in a folder of templates those of an object are."""
     return folder / f"{object_id:06d}.safetensors"
+
+
+def stored_hash(path: Path) -> str | None:
+    """`mesh_hash` of a file of templates, of which only the head is read; None if it is damaged or something else."""
+    try:
+        with safetensors.safe_open(path, "numpy") as file:
+            return json.loads((file.metadata() or {}).get(METADATA_KEY, "{}")).get("mesh_hash")
+    except (safetensors.SafetensorError, ValueError):
+        return None
 
 
 def read_rows(tensor: safetensors.PySafeSlice, indices: Sequence[int]) -> np.ndarray:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -91,16 +93,16 @@ def test_a_missing_mesh_is_one_clear_line(models, tmp_path):
 
 
 def test_two_processes_do_not_render_into_one_folder(models, tmp_path):
-    import subprocess
-    import sys
-
     out = tmp_path / "templates"
-    hold = "import sys, pathlib; from backlot.files import lock; f = lock(pathlib.Path(sys.argv[1])); print(1, flush=True); input()"
+    hold = (
+        "import sys, pathlib; from backlot.files import lock; held = lock(pathlib.Path(sys.argv[1]));"
+        "print(1, flush=True); input()"
+    )
     with subprocess.Popen(
         [sys.executable, "-c", hold, str(out / LOCK_NAME)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
     ) as other:
         other.stdout.readline()
-        with pytest.raises(ValueError, match="another process .* renders templates into"):
+        with pytest.raises(ValueError, match=r"another process .* renders templates into"):
             render_all(models, out, **SMALL)
         other.communicate(b"\n")
     lock(out / LOCK_NAME).close()
@@ -126,7 +128,7 @@ def test_any_folder_of_meshes_with_textures(tmp_path):
     assert (blue[:, :2] == 0).all()
     texture = next((folder / "a").glob("*.png"))
     Image.new("RGB", (4, 4), (0, 255, 0)).save(texture)
-    with pytest.raises(ValueError, match="000000.safetensors was made of something else"):
+    with pytest.raises(ValueError, match=r"000000.safetensors was made of something else"):
         render_all(found, out, **SMALL)
     assert sorted(open_models(folder, object_ids=[1])) == [1]
 
