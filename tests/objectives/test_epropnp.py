@@ -11,13 +11,12 @@ from scipy.spatial.transform import Rotation
 
 from backlot.cameras import project, rotation_angle, transform
 from backlot.pose_solver import find_pose, pose_cost, pose_problem, to_rows
+from objectives import epropnp
 from objectives.epropnp import (
     Points,
     Proposal,
     draw,
     draw_points,
-    epropnp_loss,
-    epropnp_term,
     find_optimum,
     fit_proposal,
     log_acg,
@@ -30,6 +29,20 @@ from objectives.pose_settings import EProPnPConfig, LabelConfig
 
 CONFIG = EProPnPConfig(enabled=True)
 SIZE = 112
+
+
+def summed(found):
+    """Terms of all queries together: pairs of sum and number."""
+    terms, metrics = found
+    return {name: sums.sum(0) for name, sums in terms.items()}, metrics
+
+
+def epropnp_loss(*given, **named):
+    return summed(epropnp.epropnp_loss(*given, **named))
+
+
+def epropnp_term(*given, **named):
+    return summed(epropnp.epropnp_term(*given, **named))
 
 
 def seeded(seed: int = 0) -> torch.Generator:
